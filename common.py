@@ -1,0 +1,283 @@
+"""Tokens in, log-probabilities out: what REINFORCE and DPO share.
+
+Left out on purpose: trainers, collators, top-k, temperature, dropout. One alphabet in all files:
+B rows, P prompt tokens, N completion tokens, T = P + N, V vocabulary. Prompts are padded on the left,
+completions on the right, so that every completion starts at column P and column j is completion token j:
+
+    . p0 p1 | n0 n1 eos .     tokens (B, T), attention 0 at the dots
+         ^                    the logits at column P-1 forecast n0
+              1  1  1   0     mask (B, N)
+"""
+
+import contextlib
+import logging
+import zlib
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runs import UserError
+
+# ---- log-probabilities -------------------------------------------------------------------------------------------
+
+
+def token_logps(logits, tokens):
+    """(B, N, V), (B, N) -> (B, N): log-probability in nats of each token under the logits of its own column.
+
+    The softmax is fp32 whatever the logits are: in bf16 it is off by a nat on a 100-token sum.
+    ValueError if the shapes disagree: gather would not complain about tokens that are one column short.
+    """
+    if logits.shape[:-1] != tokens.shape:
+        raise ValueError(f"tokens {tuple(tokens.shape)} do not match logits {tuple(logits.shape)}: want (B, N), (B, N, V)")
+    logps = logits.float().log_softmax(dim=-1)
+    return logps.gather(dim=-1, index=tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def token_kl(logits, ref_logits):
+    """(B, N, V) twice -> (B, N): exact KL(policy ‖ reference) in nats at each position, over the whole vocabulary.
+
+        KL = sum_v p(v) * (log p(v) - log q(v)),   p the policy, q the reference
+
+    The gradient flows through p and log p. It leaves out that an early token changes which later contexts are
+    visited: biased, on purpose, for far less variance than the sampled form. ValueError if the shapes disagree.
+    """
+    if logits.shape != ref_logits.shape:
+        raise ValueError(f"ref_logits {tuple(ref_logits.shape)} do not match logits {tuple(logits.shape)}")
+    logp = logits.float().log_softmax(dim=-1)
+    logq = ref_logits.float().log_softmax(dim=-1)
+    # A word of probability 0 adds 0, where 0 * (-inf) would add nan.
+    return (logp.exp() * (logp - logq).masked_fill(logp == -torch.inf, 0.0)).sum(dim=-1)
+
+
+def completion_mask(completions, eos):
+    """(B, N), int -> (B, N) bool: true up to and including the first eos.
+
+    From positions, not from `tokens != pad`: GPT-2 pads with eos, and the choice to stop must be trained too.
+    """
+    is_eos = completions == eos
+    eos_before = is_eos.cumsum(dim=-1) - is_eos.long()  # how many lie strictly to the left
+    return eos_before == 0
+
+
+def masked_sum(values, mask):
+    """(B, N), (B, N) -> (B,): sum over the tokens in the mask; what it hides is never read, not even a nan."""
+    if values.shape != mask.shape:
+        raise ValueError(f"mask {tuple(mask.shape)} does not match values {tuple(values.shape)}")
+    return values.masked_fill(~mask.bool(), 0.0).sum(dim=-1)
+
+
+def completion_logits(model, tokens, length, attention=None):
+    """(B, T) -> (B, N, V): the logits that forecast the last N = `length` tokens. Padding needs `attention` (B, T).
+
+    The forecast of token t stands at column t-1, so the last token is never fed. The big product with the
+    vocabulary is done for these N columns only.
+    """
+    positions = None
+    if attention is not None:  # GPT-2 would count the padding on the left as positions
+        attention = attention[:, :-1]
+        positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
+    inputs = {"input_ids": tokens[:, :-1], "attention_mask": attention, "position_ids": positions}
+    return model(**inputs, use_cache=False, logits_to_keep=length).logits
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(model, prompts, length, generator=None):
+    """(B, P) -> (B, P + N): each prompt and N = `length` tokens drawn from exactly softmax(logits).
+
+    No top-k, no temperature: REINFORCE is right only for samples of the distribution that it scores.
+    A row that has drawn eos is filled up with eos. Reproducible with a torch.Generator on the model's device.
+    """
+    eos = model.config.eos_token_id
+    tokens = torch.cat([prompts, prompts.new_full((len(prompts), length), eos)], dim=1)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
+    cache, new = None, prompts
+    for column in range(prompts.shape[1], tokens.shape[1]):
+        output = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        drawn = draw(output.logits[:, -1], generator)
+        tokens[:, column] = drawn.masked_fill(finished, eos)
+        finished |= drawn == eos
+        if finished.all():
+            break
+        new = tokens[:, column : column + 1]
+    return tokens
+
+
+def draw(logits, generator=None):
+    """(B, V) -> (B,): a word of each row, with probability softmax(logits).
+
+    One uniform number a row, looked up in the cumulative distribution: word v owns the stretch from the sum
+    before it to the sum with it, so a word of probability 0 owns nothing and is never drawn.
+    """
+    cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
+    uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)  # in [0, 1)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def generator(seed, use, device="cpu"):
+    """A torch.Generator for one use ("train order", "sampling", ...), so that no use disturbs another's draws."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {use}".encode()))
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def checked_grad_norm(step, loss, model):
+    """Norm of the whole gradient, after loss.backward(). Stops the run before a nan can reach the weights."""
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+    for name, value in (("loss", loss), ("gradient's norm", norm)):
+        if not torch.isfinite(value):
+            advice = "the metrics up to here are kept, the weights are not; try a lower --lr"
+            raise UserError(f"step {step}: the {name} is {value.item()}; {advice}")
+    return norm.item()
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """The torch.device called `name`; None: cuda if there is one, else mps, else cpu."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(kind for kind in there if there[kind])
+    if not there.get(name.split(":")[0]):
+        raise UserError(f"--device {name} is not here; this machine has {', '.join(kind for kind in there if there[kind])}")
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def loading(flag, name):
+    """Around a library's loading call: checks a local path first, and turns what goes wrong into one line."""
+    path = Path(name).expanduser()
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise UserError(f"{flag} {name}: there is no such folder")
+    quiet = [logging.getLogger(library) for library in ("transformers", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in quiet]
+    transformers.utils.logging.disable_progress_bar()  # a bar for each weight read from disk
+    huggingface_hub.utils.enable_progress_bars()  # but downloads show theirs
+    try:
+        for logger in quiet:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        advice = "give another folder" if path.is_dir() else "check the name and the network, or give a local folder"
+        raise UserError(f"{flag} {name} cannot be loaded: {advice}. The library says: {reason}") from error
+    finally:
+        for logger, level in zip(quiet, levels, strict=True):
+            logger.setLevel(level)
+
+
+def load_tokenizer(flag, name):
+    with loading(flag, name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what the library returns where it finds none
+        raise UserError(f"{flag} {name} has no tokenizer: save one beside the model with tokenizer.save_pretrained")
+    return tokenizer
+
+
+def load_model(auto_class, flag, name, device, precision="fp32"):
+    """A model with fp32 weights, in eval mode: no dropout, not in sampling and not in training.
+
+    precision "bf16" runs the matrix products in bf16; weights, softmaxes and losses are fp32 in any case.
+    """
+    with loading(flag, name):
+        model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"{flag} {name} is no {auto_class.__name__[len('AutoModelFor') :]}: its checkpoint lacks {missing}")
+    if precision == "bf16":
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+    return model.eval().to(device)
+
+
+def load_policy(name, device, precision="fp32"):
+    """Hub name or local folder -> (language model, tokenizer)."""
+    model = load_model(AutoModelForCausalLM, "--policy", name, device, precision)
+    tokenizer = load_tokenizer("--policy", name)
+    if model.config.eos_token_id is None:
+        model.config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
+
+
+def load_reference(name, policy, device, precision="fp32"):
+    """The original model, without gradients, for a policy of the same vocabulary."""
+    reference = load_model(AutoModelForCausalLM, "--reference", name, device, precision)
+    if reference.config.vocab_size != policy.config.vocab_size:
+        sizes = f"{reference.config.vocab_size} words, the policy {policy.config.vocab_size}"
+        raise UserError(f"--reference {name} has a vocabulary of {sizes}: there is no KL between them")
+    return reference.requires_grad_(False)
+
+
+def check_length(model, length, flags):
+    longest = getattr(model.config, "max_position_embeddings", length)
+    if length > longest:
+        raise UserError(f"{flags} ask for {length} tokens; the policy has {longest} positions")
+
+
+def load_columns(flag, name, split, columns):
+    """The named text columns of a data set's split, as lists of str of the same length."""
+    with loading(flag, name):
+        splits = datasets.load_dataset(str(Path(name).expanduser()) if name.startswith("~") else name)
+    if split not in splits:
+        raise UserError(f"{flag} {name} has no split {split!r}; it has {', '.join(splits)}")
+    data = splits[split]
+    for column in columns:
+        if column not in data.column_names:
+            raise UserError(f"{flag} {name} has no column {column!r}; it has {', '.join(data.column_names)}")
+    texts = [data[column][:] for column in columns]
+    for column, values in zip(columns, texts, strict=True):
+        for row, value in enumerate(values):
+            if not isinstance(value, str):
+                raise UserError(f"{flag} {name}, split {split}, row {row}, column {column}: {value!r} is not a text")
+    return texts
+
+
+def encode(tokenizer, texts):
+    """List of str -> list of lists of ids. A literal <|endoftext|> stays text and becomes no end token."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def decode(tokenizer, tokens):
+    """(B, T) -> list of B str, as it stands but for special tokens (the eos that finished rows are filled with)."""
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def first_tokens(tokenizer, texts, length):
+    """List of str -> the first `length` ids of each, the same as if the whole text were encoded, and much faster.
+
+    A cut can only change the piece it falls into (a tokenizer's words never join). So the ids of a cut text
+    count where they end before its last word; the few others are encoded whole.
+    """
+    heads = [text[: 16 * length] for text in texts]
+    encoded = tokenizer(heads, add_special_tokens=False, split_special_tokens=True)
+    ids = []
+    for row, (head, text) in enumerate(zip(heads, texts, strict=True)):
+        found, words = encoded["input_ids"][row], encoded.word_ids(row)
+        cut_short = len(head) < len(text) and (len(found) <= length or words[length - 1] == words[-1])
+        ids.append((encode(tokenizer, [text])[0] if cut_short else found)[:length])
+    return ids
+
+
+def load_prompts(name, split, tokenizer, length, order, limit=None):
+    """-> (n, P) LongTensor: the first P = `length` tokens of a split's reviews, shuffled by the Generator `order`.
+
+    The data set is sorted by label, so without the shuffle the first n would all be negative.
+    Shorter reviews are left out and counted: prompts never need padding.
+    """
+    (texts,) = load_columns("--prompts", name, split, ["text"])
+    shuffled = [texts[row] for row in torch.randperm(len(texts), generator=order)]
+    prompts = [ids for ids in first_tokens(tokenizer, shuffled, length) if len(ids) == length]
+    if not prompts:
+        raise UserError(f"--prompts {name}: no {split} review has {length} tokens; lower --prompt-len")
+    print(f"{split} prompts: {len(prompts)} of {len(texts)} reviews, {len(texts) - len(prompts)} are too short", end="")
+    print(f"; using {limit}" if limit and limit < len(prompts) else "")
+    return torch.tensor(prompts[:limit])

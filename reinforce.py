@@ -1,0 +1,122 @@
+"""Sections 2 and 3: REINFORCE with a per-token KL penalty.
+
+Samples a completion of each prompt, scores it with the classifier, and makes what was rewarded more likely:
+
+    L' = L + alpha * KL(policy ‖ original),     L = -mean_b( r(x_b) * log p(x_b) )        (Williams 1992)
+
+alpha is in reward per nat of a whole completion. Left out on purpose: a critic, clipping, more than one step a
+sample, reward normalization (--advantage loo is the one variance reduction, and unbiased).
+
+    python reinforce.py --alpha 0    --out runs/course/alpha-0          # section 2
+    python reinforce.py --alpha 0.02 --out runs/course/alpha-0.02       # section 3
+"""
+
+import time
+
+import torch
+from tqdm import tqdm
+
+import runs
+from common import (
+    check_length,
+    checked_grad_norm,
+    completion_logits,
+    completion_mask,
+    decode,
+    generator,
+    load_policy,
+    load_prompts,
+    load_reference,
+    masked_sum,
+    pick_device,
+    sample,
+    token_kl,
+    token_logps,
+)
+from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples, positivity
+
+
+def reinforce_loss(logps, mask, reward):
+    """(B, N), (B, N), (B,) -> (): its gradient is minus the policy gradient; its value means nothing.
+
+        L = -mean_b( reward_b * sum_t log p(token_bt) )       Williams (1992), the assignment's section 2
+
+    With a reward in [0, 1] it is never negative, and it can fall while the policy gets worse: watch the reward.
+    The reward is a number, not a function of the weights, hence the detach. ValueError if the shapes disagree.
+    """
+    if reward.shape != logps.shape[:1]:
+        raise ValueError(f"reward {tuple(reward.shape)} does not match logps {tuple(logps.shape)}: want (B,), (B, N)")
+    return -(reward.detach() * masked_sum(logps, mask)).mean()
+
+
+def leave_one_out(reward):
+    """(B,) -> (B,): each reward minus the mean of the batch's others (0 for a row alone).
+
+    A baseline that does not depend on the row's own sample keeps the gradient's mean and cuts its variance.
+    The mean of all B would not do: it holds the row's own reward and shrinks the gradient by (B-1)/B.
+    Kool et al. (2019), "Buy 4 REINFORCE samples, get a baseline for free!"
+    """
+    others = (reward.sum() - reward) / max(len(reward) - 1, 1)
+    return reward - others
+
+
+def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
+    """Trains the policy in place on prompts (n, P); the first few test prompts are what samples.jsonl follows."""
+    args, device = run.args, policy.device
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    order, noise = generator(args.seed, "train order"), generator(args.seed, "sampling", device)
+    step = 0
+    log_samples(policy, tokenizer, scorer, test_prompts, run, step)
+    for epoch in range(1, args.epochs + 1):
+        shuffled = torch.randperm(len(prompts), generator=order)
+        loop = tqdm(shuffled.split(args.batch_size), desc=f"epoch {epoch}", unit="step", dynamic_ncols=True)
+        for rows in loop:
+            step, start = step + 1, time.perf_counter()
+            tokens = sample(policy, prompts[rows].to(device), args.completion_len, noise)  # (B, T)
+            completions = tokens[:, prompts.shape[1] :]  # (B, N)
+            mask = completion_mask(completions, policy.config.eos_token_id)  # (B, N)
+            reward = positivity(scorer, decode(tokenizer, tokens))  # (B,)
+            advantage = leave_one_out(reward) if args.advantage == "loo" else reward
+
+            logits = completion_logits(policy, tokens, args.completion_len)  # (B, N, V)
+            with torch.no_grad():
+                ref_logits = completion_logits(reference, tokens, args.completion_len)
+            kl = masked_sum(token_kl(logits, ref_logits), mask).mean()  # nats per completion
+            loss = reinforce_loss(token_logps(logits, completions), mask, advantage) + args.alpha * kl
+
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = checked_grad_norm(step, loss, policy)
+            optimizer.step()
+
+            seconds = time.perf_counter() - start
+            means = {"loss": loss.item(), "reward": reward.mean().item(), "kl": kl.item(), "grad_norm": grad_norm}
+            run.log(step=step, **means, tokens_per_second=mask.sum().item() / seconds, seconds=seconds)
+            loop.set_postfix(reward=f"{means['reward']:.3f}", kl=f"{means['kl']:.2f}")
+            if step % SAMPLE_EVERY == 0:
+                log_samples(policy, tokenizer, scorer, test_prompts, run, step)
+
+
+def main(argv=None):
+    flags = runs.training_flags(runs.parser(__doc__), batch_size=32, lr=1e-4, epochs=1)
+    flags.add_argument("--alpha", type=runs.not_negative, default=0.0, help="reward per nat of a whole completion (0)")
+    flags.add_argument("--advantage", choices=("reward", "loo"), default="reward", help="what weights log p (reward)")
+    args = flags.parse_args(argv)
+    run = runs.Run(args)
+    device = pick_device(args.device)
+    policy, tokenizer = load_policy(args.policy, device, args.precision)
+    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len and --completion-len")
+    reference = load_reference(args.reference or args.policy, policy, device, args.precision)
+    scorer = load_scorer(args.reward_model, device, args.positive_label, args.precision)
+    order = generator(args.seed, "train subset")
+    prompts = load_prompts(args.prompts, "train", tokenizer, args.prompt_len, order, args.limit)
+    test_prompts = load_test_prompts(args, tokenizer)
+
+    run.start(str(device))
+    train(policy, reference, tokenizer, scorer, prompts, test_prompts, run)
+    run.save_model(policy, tokenizer)
+    run.finish(**evaluate(policy, reference, tokenizer, scorer, test_prompts, run))
+
+
+if __name__ == "__main__":
+    runs.launch(main)

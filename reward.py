@@ -1,0 +1,178 @@
+"""Section 1: how positive are the reviews that a language model writes?
+
+A sentiment classifier's P(positive) of prompt + completion is the reward. evaluate() is shared with the training
+scripts: mean reward over the test split, KL to the original policy, and how varied the completions are.
+
+    python reward.py --out runs/course/baseline                                  # the untouched policy
+    python reward.py --out runs/mine --policy runs/course/alpha-0.02/model       # any checkpoint against the original
+"""
+
+import time
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification
+
+import runs
+from common import (
+    check_length,
+    completion_logits,
+    completion_mask,
+    decode,
+    generator,
+    load_model,
+    load_policy,
+    load_prompts,
+    load_reference,
+    load_tokenizer,
+    masked_sum,
+    pick_device,
+    sample,
+    token_kl,
+    token_logps,
+)
+
+SAMPLES = 5  # completions shown of every policy, always of the same prompts
+SAMPLE_EVERY = 50  # training steps between two looks at them
+DISTINCT_TEXTS = 500  # distinct-2 falls with the number of texts, so this many are counted in every run
+
+
+class Scorer(NamedTuple):
+    model: torch.nn.Module
+    tokenizer: object
+    positive: int  # the positive label's index
+
+
+def positive_index(id2label, wanted=None):
+    """{index: label name} -> the index of `wanted`, else of the one that is called positive. ValueError if unclear."""
+    names = {index: str(label).casefold() for index, label in id2label.items()}
+    accepted = [wanted.casefold()] if wanted else ["positive", "pos"]
+    if not wanted and sorted(names.values()) == ["label_0", "label_1"]:
+        accepted = ["label_1"]  # the course's model
+    found = [index for index, name in names.items() if name in accepted]
+    if len(found) != 1:
+        raise ValueError(f"cannot tell which of the labels {', '.join(id2label.values())} is {wanted or 'positive'}")
+    return found[0]
+
+
+def load_scorer(name, device, positive_label=None, precision="fp32"):
+    """Hub name or local folder of a sentiment classifier -> Scorer."""
+    model = load_model(AutoModelForSequenceClassification, "--reward-model", name, device, precision).requires_grad_(False)
+    try:
+        positive = positive_index(model.config.id2label, positive_label)
+    except ValueError as error:
+        raise runs.UserError(f"--reward-model {name}: {error}; name one with --positive-label") from None
+    return Scorer(model, load_tokenizer("--reward-model", name), positive)
+
+
+@torch.no_grad()
+def positivity(scorer, texts):
+    """list of B str -> (B,): the reward, P(positive) in [0, 1]. Texts are cut at the classifier's maximum length."""
+    longest = min(scorer.tokenizer.model_max_length, scorer.model.config.max_position_embeddings)
+    options = {"padding": True, "truncation": True, "max_length": longest, "split_special_tokens": True}
+    inputs = scorer.tokenizer(texts, return_tensors="pt", **options).to(scorer.model.device)
+    return scorer.model(**inputs).logits.float().softmax(dim=-1)[:, scorer.positive]
+
+
+def distinct_2(completions):
+    """list of str -> the share of word pairs, within a completion and pooled over all, that differ. None without any."""
+    words = [text.split() for text in completions]
+    pairs = [pair for row in words for pair in zip(row, row[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else None
+
+
+@torch.no_grad()
+def evaluate(policy, reference, tokenizer, scorer, prompts, run):
+    """Samples a completion of each prompt (n, P) -> dict for eval.json; writes completions.jsonl. The policy is kept.
+
+    reward, kl: means over the n prompts, reward_se, kl_se their standard errors. kl is the exact per-token
+    KL(policy ‖ reference), summed over a completion: nats per completion. mean_length: tokens, the eos included.
+    """
+    start, device, args = time.perf_counter(), policy.device, run.args
+    noise = generator(args.seed, "evaluation", device)
+    batch_size = args.eval_batch_size or (256 if device.type == "cuda" else 64)
+    batches = tqdm(prompts.split(batch_size), desc="evaluate", unit="batch", dynamic_ncols=True)
+    rows, total = [], 0.0
+    for batch in batches:
+        tokens = sample(policy, batch.to(device), args.completion_len, noise)  # (B, T)
+        completions = tokens[:, batch.shape[1] :]  # (B, N)
+        mask = completion_mask(completions, policy.config.eos_token_id)
+        texts = decode(tokenizer, tokens)
+        reward = positivity(scorer, texts)  # (B,)
+
+        logits = completion_logits(policy, tokens, args.completion_len)  # (B, N, V)
+        ref_logits = logits if reference is policy else completion_logits(reference, tokens, args.completion_len)
+        columns = {
+            "reward": reward,
+            "kl": masked_sum(token_kl(logits, ref_logits), mask),
+            "logp": masked_sum(token_logps(logits, completions), mask),
+            "reference_logp": masked_sum(token_logps(ref_logits, completions), mask),
+            "length": mask.sum(dim=-1),
+        }
+        prompt_texts, completion_texts = decode(tokenizer, batch), decode(tokenizer, completions)
+        for b, numbers in enumerate(zip(*(column.tolist() for column in columns.values()), strict=True)):
+            texts_of_row = {"prompt": prompt_texts[b], "completion": completion_texts[b], "text": texts[b]}
+            rows.append({"number": len(rows), **texts_of_row, **dict(zip(columns, numbers, strict=True))})
+        total += reward.sum().item()
+        batches.set_postfix(reward=f"{total / len(rows):.4f}")
+
+    run.completions(rows)
+    reward, reward_se = mean_and_error([row["reward"] for row in rows])
+    kl, kl_se = mean_and_error([row["kl"] for row in rows])
+    counted = [row["completion"] for row in rows[:DISTINCT_TEXTS]]
+    return {
+        "reward": reward,
+        "reward_se": reward_se,
+        "n": len(rows),
+        "kl": kl,
+        "kl_se": kl_se,
+        "distinct_2": distinct_2(counted),
+        "distinct_2_texts": len(counted),
+        "mean_length": sum(row["length"] for row in rows) / len(rows),
+        "seconds": time.perf_counter() - start,
+        "samples": [{key: row[key] for key in ("prompt", "completion", "reward")} for row in rows[:SAMPLES]],
+    }
+
+
+def log_samples(policy, tokenizer, scorer, prompts, run, step):
+    """Continues the first few prompts with the same random numbers each time: rewards alone hide a collapse."""
+    noise = generator(run.args.seed, "samples", policy.device)
+    tokens = sample(policy, prompts[:SAMPLES].to(policy.device), run.args.completion_len, noise)
+    rewards = positivity(scorer, decode(tokenizer, tokens)).tolist()
+    texts = zip(decode(tokenizer, tokens[:, : prompts.shape[1]]), decode(tokenizer, tokens[:, prompts.shape[1] :]), strict=True)
+    rows = [{"step": step, "prompt": p, "completion": c, "reward": r} for (p, c), r in zip(texts, rewards, strict=True)]
+    run.samples(rows)
+    tqdm.write(f"step {step}, reward {rewards[0]:.2f}: {rows[0]['prompt']!r} -> {rows[0]['completion']!r}")
+
+
+def mean_and_error(values):
+    """list of float -> their mean and its standard error; None for the error of a single value."""
+    values = torch.tensor(values, dtype=torch.float64)
+    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+    return values.mean().item(), error
+
+
+def load_test_prompts(args, tokenizer):
+    """The test prompts in an order that no flag changes, so that --eval-limit n is the same n in every run."""
+    order = generator(0, "test order")
+    return load_prompts(args.prompts, "test", tokenizer, args.prompt_len, order, args.eval_limit)
+
+
+def main(argv=None):
+    args = runs.parser(__doc__).parse_args(argv)
+    run = runs.Run(args)
+    device = pick_device(args.device)
+    policy, tokenizer = load_policy(args.policy, device, args.precision)
+    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len and --completion-len")
+    original = args.reference or runs.COURSE["policy"]
+    reference = policy if original == args.policy else load_reference(original, policy, device, args.precision)
+    scorer = load_scorer(args.reward_model, device, args.positive_label, args.precision)
+    prompts = load_test_prompts(args, tokenizer)
+
+    run.start(str(device))
+    run.finish(**evaluate(policy, reference, tokenizer, scorer, prompts, run))
+
+
+if __name__ == "__main__":
+    runs.launch(main)

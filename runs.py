@@ -1,0 +1,199 @@
+"""Run folders and command lines: what keeps results safe, out of the lessons' way.
+
+A run is a folder of plain text: config.json first, a line of metrics.jsonl for each step, eval.json last.
+Whoever finds an eval.json finds a finished run. Plain Python: importing this file loads no torch.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+COURSE = {  # the names that the course uses on the model hub
+    "policy": "distilgpt2",
+    "reward_model": "omidroshani/imdb-sentiment-analysis",
+    "prompts": "stanfordnlp/imdb",
+    "pairs": "hallisky/synthetic-imdb-movie-reviews-parallel",
+}
+
+
+class UserError(Exception):
+    """Something that the caller can put right. Its message is one line: what is wrong and what to do."""
+
+
+def launch(main):
+    """Runs a script's main(); a UserError or Ctrl-C becomes one line on stderr and a non-zero exit code."""
+    keep_freed_memory()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; no eval.json, so the run counts as unfinished", file=sys.stderr)
+        sys.exit(130)
+
+
+def keep_freed_memory():
+    """Linux on CPU: halves the time of a step.
+
+    glibc gives every tensor of more than 32 MB back to the kernel when it is freed, and the next one of
+    (B, N, V) size then waits for its pages, zeroed one by one. Here such memory is kept and used again.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems have no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: take big blocks from the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never shrink it
+
+
+# ---- flags -------------------------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def number(kind, low, above=False):
+    """A parser of finite numbers from `low` up (`above`: greater than `low`)."""
+
+    def parse(text):
+        value = kind(text)  # argparse reports a ValueError as "invalid ... value"
+        if not (low < value if above else low <= value) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {'greater than' if above else 'at least'} {low}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+count = number(int, 1)
+positive = number(float, 0, above=True)
+not_negative = number(float, 0)
+
+
+def parser(description):
+    """The flags that every script has; each script adds its own."""
+    flags = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = flags.add_argument
+    add("--out", required=True, type=Path, help="the run's folder (required)")
+    add("--overwrite", action="store_true", help="replace a finished run in --out")
+    add("--seed", type=number(int, 0), default=0, help="whole number that all random draws come from (0)")
+    add("--device", help="cuda, mps or cpu (the best of these that is there)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the models' matrix products (%(default)s)")
+    add("--policy", default=COURSE["policy"], help="language model: hub name or local folder (%(default)s)")
+    add("--reference", help="original model that the KL is measured to (reward.py: the course's; training: --policy)")
+    add("--reward-model", default=COURSE["reward_model"], help="classifier: hub name or local folder (%(default)s)")
+    add("--positive-label", help="the classifier's name for positive (found by itself)")
+    add("--prompts", default=COURSE["prompts"], help="reviews: hub name or local folder (%(default)s)")
+    add("--prompt-len", type=count, default=10, metavar="P", help="prompt tokens (%(default)s)")
+    add("--completion-len", type=count, default=20, metavar="N", help="sampled tokens (%(default)s)")
+    add("--eval-limit", type=count, metavar="n", help="use the first n test rows only (all)")
+    add("--eval-batch-size", type=count, metavar="B", help="rows a batch without gradients (256 on cuda, else 64)")
+    return flags
+
+
+def training_flags(flags, batch_size, lr, epochs):
+    """The flags of the two training scripts, with their defaults."""
+    add = flags.add_argument
+    add("--limit", type=count, metavar="n", help="train on n rows only, chosen by --seed (all)")
+    add("--batch-size", type=count, default=batch_size, metavar="B", help="rows a step (%(default)s)")
+    add("--lr", type=positive, default=lr, help="AdamW's learning rate (%(default)s)")
+    add("--epochs", type=count, default=epochs, help="times through the training rows (%(default)s)")
+    return flags
+
+
+# ---- the run folder ----------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run's folder. Making a Run writes nothing: it only refuses a folder that must be left alone."""
+
+    def __init__(self, args):
+        self.args, self.folder = args, args.out
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out {self.folder} is a file; give a folder")
+        if (self.folder / "eval.json").exists() and not args.overwrite:
+            raise UserError(f"--out {self.folder} holds a finished run; give another folder, or --overwrite to replace it")
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.json").exists():
+            raise UserError(f"--out {self.folder} is not empty and no run's folder; give another one")
+
+    def start(self, device):
+        """Called when everything is loaded: clears what an earlier run left and writes config.json."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("eval.json", "metrics.jsonl", "samples.jsonl", "completions.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)  # eval.json first: from here on the run is unfinished
+            shutil.rmtree(self.folder / "model", ignore_errors=True)
+            flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.args).items()}
+            packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
+            versions = {"python": platform.python_version(), **packages}
+            config = {"script": Path(sys.argv[0]).name, "flags": flags, "versions": versions}
+            write_whole(self.folder / "config.json", to_json({**config, "device": device, "commit": commit()}, indent=2))
+        except OSError as error:
+            raise UserError(f"--out {self.folder} cannot be written: {error.strerror}") from None
+
+    def log(self, **row):
+        """A line of metrics.jsonl, on disk at once."""
+        append(self.folder / "metrics.jsonl", [row])
+
+    def samples(self, rows):
+        append(self.folder / "samples.jsonl", rows)
+
+    def completions(self, rows):
+        write_whole(self.folder / "completions.jsonl", "".join(to_json(row) + "\n" for row in rows))
+
+    def save_model(self, policy, tokenizer):
+        """Whole or not at all: `model` appears by a rename."""
+        unfinished = self.folder / "model.unfinished"
+        policy.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, self.folder / "model")
+
+    def finish(self, **results):
+        write_whole(self.folder / "eval.json", to_json(results, indent=2))
+        print(f"{self.folder}: reward {results['reward']:.4f} ± {results['reward_se']:.4f} (n {results['n']}), ", end="")
+        print(f"KL {results['kl']:.3f} nats, distinct-2 {results['distinct_2']:.3f}")
+
+
+def to_json(value, **options):
+    return json.dumps(value, ensure_ascii=False, **options)
+
+
+def append(path, rows):
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(to_json(row) + "\n" for row in rows)
+
+
+def write_whole(path, text):
+    """A reader finds the old file or the new one, never half of it."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def read_rows(path):
+    """The rows of a .jsonl file; the last line of a run that was cut off may be half a row, and is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def commit():
+    """The commit that this code is at, with -dirty if it was changed since; None where git can't tell."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError):
+        found = subprocess.run(command, capture_output=True, text=True)
+        return found.stdout.strip() or None
