@@ -1,23 +1,23 @@
 # The course in one command:  make baseline reinforce dpo
-# Targets are result files: what is there is not run again, and what was cut off is run anew.
-# Other settings go into another folder:  make reinforce RUNS=runs/short FLAGS="--limit 640 --eval-limit 640"
+# A target is a result file: what is there is not run again, what was cut off starts anew. Other settings go to
+# another folder:  make reinforce RUNS=runs/short FLAGS="--limit 640 --eval-limit 640"
 
 RUNS = runs/course
 ALPHA = 0.02
 BETA = 0.1
 
-# Hub names or local folders; empty: the course's own (runs.py, COURSE).
+# Hub names or local folders; empty: the names that the course uses.
 POLICY =
 REWARD_MODEL =
 PROMPTS =
 PAIRS =
 
-# Added to every script's flags, to reinforce.py's, to dpo.py's.
+# Added to the flags of every script, of reinforce.py, of dpo.py.
 FLAGS =
 REINFORCE_FLAGS =
 DPO_FLAGS =
 
-# PYTHON=python3 uses that interpreter as it is; by default make builds its own environment in .venv.
+# Without PYTHON=..., make builds an environment of its own in .venv; with it, that interpreter is used as it is.
 ifeq ($(origin PYTHON),undefined)
 PYTHON := .venv/bin/python
 VENV := .venv/ready
@@ -25,42 +25,67 @@ DEV := .venv/ready-dev
 endif
 
 ifneq ($(words $(RUNS)),1)
-$(error RUNS must be one path without white space, not "$(RUNS)"; the scripts' own --out takes any path)
+$(error RUNS is "$(RUNS)": make needs one path without white space here; --out of the scripts takes any path)
 endif
 
-MODELS = $(if $(POLICY),--policy $(POLICY)) $(if $(REWARD_MODEL),--reward-model $(REWARD_MODEL)) \
-         $(if $(PROMPTS),--prompts $(PROMPTS))
-COMMON = $(MODELS) $(FLAGS)
+flag = $(if $2,$1 "$2")
+MODELS = $(call flag,--policy,$(POLICY)) $(call flag,--reference,$(POLICY)) \
+         $(call flag,--reward-model,$(REWARD_MODEL)) $(call flag,--prompts,$(PROMPTS))
 
 .PHONY: help baseline reinforce dpo plot venv test lint clean
-.DELETE_ON_ERROR:
 .SECONDARY:
 
-help: ## list the targets
+help: ## list the targets (this)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 baseline: $(RUNS)/baseline/eval.json ## section 1: evaluate the untouched policy
 
-reinforce: $(RUNS)/alpha-0/eval.json $(RUNS)/alpha-$(ALPHA)/eval.json ## sections 2 and 3: REINFORCE without and with KL (ALPHA=0.02)
+reinforce: $(RUNS)/alpha-0/eval.json $(RUNS)/alpha-$(ALPHA)/eval.json ## sections 2, 3: REINFORCE without and with the KL
 	$(PYTHON) plot.py $(RUNS)
 
-dpo: $(RUNS)/beta-$(BETA)/eval.json ## section 4: DPO (BETA=0.1)
+dpo: $(RUNS)/beta-$(BETA)/eval.json ## section 4: DPO
 	$(PYTHON) plot.py $(RUNS)
 
-plot: | $(VENV) ## draw the figures of all runs in RUNS
+plot: | $(VENV) ## figures of the runs in RUNS, finished or not
 	$(PYTHON) plot.py $(RUNS)
 
 $(RUNS)/baseline/eval.json: | $(VENV)
-	$(PYTHON) reward.py $(COMMON) --out $(@D)
+	$(PYTHON) reward.py $(MODELS) $(FLAGS) --out $(@D)
 
-# The folder's name says the settings: alpha-0.02, loo-0.02, beta-0.25, and beta-0.1-lr-5e-5 for another --lr.
-named = $(subst -lr-, --lr ,$*)
+# A folder's name is its settings: alpha-0.02, loo-0.02 (leave-one-out), beta-0.25, beta-0.1-lr-5e-5.
+settings = $(subst -lr-, --lr ,$*)
 
 $(RUNS)/alpha-%/eval.json: | $(VENV)
-	$(PYTHON) reinforce.py $(COMMON) --alpha $(named) $(REINFORCE_FLAGS) --out $(@D)
+	$(PYTHON) reinforce.py --alpha $(settings) $(MODELS) $(FLAGS) $(REINFORCE_FLAGS) --out $(@D)
 
 $(RUNS)/loo-%/eval.json: | $(VENV)
-	$(PYTHON) reinforce.py $(COMMON) --advantage loo --alpha $(named) $(REINFORCE_FLAGS) --out $(@D)
+	$(PYTHON) reinforce.py --advantage loo --alpha $(settings) $(MODELS) $(FLAGS) $(REINFORCE_FLAGS) --out $(@D)
 
 $(RUNS)/beta-%/eval.json: | $(VENV)
-	$(PYTHON) dpo.py $(COMMON) $(if $(PAIRS),--pairs $(PAIRS)) --beta $(named) $(DPO_FLAGS) --out $(@D)
+	$(PYTHON) dpo.py --beta $(settings) $(MODELS) $(call flag,--pairs,$(PAIRS)) $(FLAGS) $(DPO_FLAGS) --out $(@D)
+
+venv: .venv/ready ## only make the environment
+
+# The first Python of 3.11 or newer; transformers and numpy need that.
+NEW = import sys; sys.exit(sys.version_info < (3, 11))
+.venv/ready: requirements.txt
+	@python=; for name in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	    if $$name -c '$(NEW)' 2>/dev/null; then python=$$name; break; fi; done; \
+	if [ -z "$$python" ]; then echo "error: Python 3.11 or newer is needed; python3 here is" \
+	    "$$(python3 --version 2>&1). With another one: make PYTHON=/path/to/python" >&2; exit 1; fi; \
+	echo "making .venv with $$python (PyTorch is large: this can take minutes)" && $$python -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/ready-dev: requirements-dev.txt requirements.txt | .venv/ready
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+test: | $(DEV) ## everything that CI runs but lint; no network, no GPU
+	$(PYTHON) -m pytest -q test_losses.py test_runs.py
+
+lint: | $(DEV) ## style and unused names
+	$(PYTHON) -m ruff check .
+
+clean: ## remove the environment and caches; runs stay
+	rm -rf .venv build __pycache__ .pytest_cache .ruff_cache

@@ -9,18 +9,12 @@ completions on the right, so that every completion starts at column P and column
               1  1  1   0     mask (B, N)
 """
 
-import contextlib
-import logging
 import zlib
-from pathlib import Path
 
-import datasets
-import huggingface_hub
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runs import UserError
+from runs import UserError, load_columns, loading
 
 # ---- log-probabilities -------------------------------------------------------------------------------------------
 
@@ -32,7 +26,7 @@ def token_logps(logits, tokens):
     ValueError if the shapes disagree: gather would not complain about tokens that are one column short.
     """
     if logits.shape[:-1] != tokens.shape:
-        raise ValueError(f"tokens {tuple(tokens.shape)} do not match logits {tuple(logits.shape)}: want (B, N), (B, N, V)")
+        raise ValueError(f"tokens {tuple(tokens.shape)} do not match logits {tuple(logits.shape)}: not (B, N), (B, N, V)")
     logps = logits.float().log_softmax(dim=-1)
     return logps.gather(dim=-1, index=tokens.unsqueeze(-1)).squeeze(-1)
 
@@ -114,11 +108,13 @@ def draw(logits, generator=None):
     """(B, V) -> (B,): a word of each row, with probability softmax(logits).
 
     One uniform number a row, looked up in the cumulative distribution: word v owns the stretch from the sum
-    before it to the sum with it, so a word of probability 0 owns nothing and is never drawn.
+    before it to the sum with it, so a word of probability 0 owns nothing and is never drawn. Logits of nan give
+    any word: their loss is nan too, and that stops the run.
     """
     cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
     uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)  # in [0, 1)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    return drawn.clamp(max=logits.shape[-1] - 1)
 
 
 def generator(seed, use, device="cpu"):
@@ -144,56 +140,32 @@ def checked_grad_norm(step, loss, model):
 
 def pick_device(name):
     """The torch.device called `name`; None: cuda if there is one, else mps, else cpu."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(kind for kind in there if there[kind])
-    if not there.get(name.split(":")[0]):
-        raise UserError(f"--device {name} is not here; this machine has {', '.join(kind for kind in there if there[kind])}")
-    return torch.device(name)
-
-
-@contextlib.contextmanager
-def loading(flag, name):
-    """Around a library's loading call: checks a local path first, and turns what goes wrong into one line."""
-    path = Path(name).expanduser()
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise UserError(f"{flag} {name}: there is no such folder")
-    quiet = [logging.getLogger(library) for library in ("transformers", "datasets", "huggingface_hub")]
-    levels = [logger.level for logger in quiet]
-    transformers.utils.logging.disable_progress_bar()  # a bar for each weight read from disk
-    huggingface_hub.utils.enable_progress_bars()  # but downloads show theirs
-    try:
-        for logger in quiet:
-            logger.setLevel(logging.CRITICAL)
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        advice = "give another folder" if path.is_dir() else "check the name and the network, or give a local folder"
-        raise UserError(f"{flag} {name} cannot be loaded: {advice}. The library says: {reason}") from error
-    finally:
-        for logger, level in zip(quiet, levels, strict=True):
-            logger.setLevel(level)
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [kind for kind in kinds if kinds[kind]]
+    if name and name.split(":")[0] not in there:
+        raise UserError(f"--device {name} is not here; this machine has {', '.join(there)}")
+    return torch.device(name or there[0])
 
 
 def load_tokenizer(flag, name):
-    with loading(flag, name):
+    """The tokenizer of a model, by hub name or local folder."""
+    with loading(flag, name, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what the library returns where it finds none
-        raise UserError(f"{flag} {name} has no tokenizer: save one beside the model with tokenizer.save_pretrained")
+        raise UserError(f"{flag} {name} has no tokenizer: save it beside the model with tokenizer.save_pretrained")
     return tokenizer
 
 
-def load_model(auto_class, flag, name, device, precision="fp32"):
+def load_model(auto_class, kind, flag, name, device, precision):
     """A model with fp32 weights, in eval mode: no dropout, not in sampling and not in training.
 
     precision "bf16" runs the matrix products in bf16; weights, softmaxes and losses are fp32 in any case.
     """
-    with loading(flag, name):
+    with loading(flag, name, kind):
         model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:
+    if info["missing_keys"]:  # the library would fill them with random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"{flag} {name} is no {auto_class.__name__[len('AutoModelFor') :]}: its checkpoint lacks {missing}")
+        raise UserError(f"{flag} {name} is not {kind}: its checkpoint has no {missing}")
     if precision == "bf16":
         model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
     return model.eval().to(device)
@@ -201,7 +173,7 @@ def load_model(auto_class, flag, name, device, precision="fp32"):
 
 def load_policy(name, device, precision="fp32"):
     """Hub name or local folder -> (language model, tokenizer)."""
-    model = load_model(AutoModelForCausalLM, "--policy", name, device, precision)
+    model = load_model(AutoModelForCausalLM, "a language model", "--policy", name, device, precision)
     tokenizer = load_tokenizer("--policy", name)
     if model.config.eos_token_id is None:
         model.config.eos_token_id = tokenizer.eos_token_id
@@ -210,7 +182,7 @@ def load_policy(name, device, precision="fp32"):
 
 def load_reference(name, policy, device, precision="fp32"):
     """The original model, without gradients, for a policy of the same vocabulary."""
-    reference = load_model(AutoModelForCausalLM, "--reference", name, device, precision)
+    reference = load_model(AutoModelForCausalLM, "a language model", "--reference", name, device, precision)
     if reference.config.vocab_size != policy.config.vocab_size:
         sizes = f"{reference.config.vocab_size} words, the policy {policy.config.vocab_size}"
         raise UserError(f"--reference {name} has a vocabulary of {sizes}: there is no KL between them")
@@ -218,27 +190,10 @@ def load_reference(name, policy, device, precision="fp32"):
 
 
 def check_length(model, length, flags):
+    """UserError if the model has fewer positions than the flags ask for."""
     longest = getattr(model.config, "max_position_embeddings", length)
     if length > longest:
-        raise UserError(f"{flags} ask for {length} tokens; the policy has {longest} positions")
-
-
-def load_columns(flag, name, split, columns):
-    """The named text columns of a data set's split, as lists of str of the same length."""
-    with loading(flag, name):
-        splits = datasets.load_dataset(str(Path(name).expanduser()) if name.startswith("~") else name)
-    if split not in splits:
-        raise UserError(f"{flag} {name} has no split {split!r}; it has {', '.join(splits)}")
-    data = splits[split]
-    for column in columns:
-        if column not in data.column_names:
-            raise UserError(f"{flag} {name} has no column {column!r}; it has {', '.join(data.column_names)}")
-    texts = [data[column][:] for column in columns]
-    for column, values in zip(columns, texts, strict=True):
-        for row, value in enumerate(values):
-            if not isinstance(value, str):
-                raise UserError(f"{flag} {name}, split {split}, row {row}, column {column}: {value!r} is not a text")
-    return texts
+        raise UserError(f"{flags} = {length} tokens, but the policy has {longest} positions")
 
 
 def encode(tokenizer, texts):
@@ -278,6 +233,6 @@ def load_prompts(name, split, tokenizer, length, order, limit=None):
     prompts = [ids for ids in first_tokens(tokenizer, shuffled, length) if len(ids) == length]
     if not prompts:
         raise UserError(f"--prompts {name}: no {split} review has {length} tokens; lower --prompt-len")
-    print(f"{split} prompts: {len(prompts)} of {len(texts)} reviews, {len(texts) - len(prompts)} are too short", end="")
-    print(f"; using {limit}" if limit and limit < len(prompts) else "")
+    short = len(texts) - len(prompts)
+    print(f"{split} prompts: using {len(prompts[:limit])} of {len(texts)} reviews; {short} have fewer than {length} tokens")
     return torch.tensor(prompts[:limit])

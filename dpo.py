@@ -18,19 +18,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import runs
-from common import (
-    check_length,
-    checked_grad_norm,
-    completion_logits,
-    encode,
-    generator,
-    load_columns,
-    load_policy,
-    load_reference,
-    masked_sum,
-    pick_device,
-    token_logps,
-)
+from common import (check_length, checked_grad_norm, completion_logits, encode, generator, load_policy,
+                    load_reference, masked_sum, pick_device, token_logps)
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples
 
 COLUMNS = ("prompt", "positive_completion", "negative_completion")
@@ -80,14 +69,14 @@ def split_completions(prompts, chosen, rejected):
 
 
 def make_pair(prompt, chosen, rejected, eos, max_len):
-    """Three lists of ids -> a Pair of at most max_len tokens a side, or None if a completion keeps none of its own.
+    """Three lists of ids -> a Pair of at most max_len tokens a side; None without a prompt or a completion token.
 
     Truncation takes from the completion's end, and eos stands only where nothing was taken.
     """
     room = max_len - len(prompt)
-    if room < 1 or not chosen or not rejected:
+    if not prompt or room < 1 or not chosen or not rejected:
         return None
-    return Pair(prompt, (chosen + [eos])[:room], (rejected + [eos])[:room])
+    return Pair(prompt, [*chosen, eos][:room], [*rejected, eos][:room])
 
 
 def load_pairs(name, tokenizer, eos, max_len):
@@ -95,7 +84,7 @@ def load_pairs(name, tokenizer, eos, max_len):
 
     Encoded together, a token could straddle the border, and no mask could tell prompt from completion.
     """
-    columns = {split: load_columns("--pairs", name, split, COLUMNS) for split in ("train", "test")}
+    columns = {split: runs.load_columns("--pairs", name, split, COLUMNS) for split in ("train", "test")}
     sizes = [len(columns["train"][0]), len(columns["test"][0])]
     *texts, layout = split_completions(*(columns["train"][c] + columns["test"][c] for c in range(3)))
     ids = [encode(tokenizer, [text or "" for text in column]) for column in texts]
@@ -104,9 +93,9 @@ def load_pairs(name, tokenizer, eos, max_len):
     splits = {"train": pairs[: sizes[0]], "test": pairs[sizes[0] :]}
     for split, rows in splits.items():
         splits[split] = [pair for pair in rows if pair]
-        print(f"{split} pairs: {len(splits[split])} of {len(rows)}, {rows.count(None)} keep no completion token")
+        print(f"{split} pairs: {len(splits[split])} of {len(rows)}; {rows.count(None)} keep no completion token")
         if not splits[split]:
-            raise runs.UserError(f"--pairs {name}: no {split} pair has a prompt below --max-len and two completions")
+            raise runs.UserError(f"--pairs {name}: no {split} pair has two completions and a prompt below --max-len")
     return splits
 
 
@@ -199,10 +188,10 @@ def main(argv=None):
     flags.add_argument("--beta", type=runs.positive, default=0.1, help="how strongly the reference holds (%(default)s)")
     flags.add_argument("--max-len", type=runs.count, default=128, help="tokens of prompt + completion (%(default)s)")
     args = flags.parse_args(argv)
-    run = runs.Run(args)
+    run = runs.Run(args, "dpo.py")
     device = pick_device(args.device)
     policy, tokenizer = load_policy(args.policy, device, args.precision)
-    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len and --completion-len")
+    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len")
     check_length(policy, args.max_len, "--max-len")
     reference = load_reference(args.reference or args.policy, policy, device, args.precision)
     scorer = load_scorer(args.reward_model, device, args.positive_label, args.precision)
@@ -212,7 +201,9 @@ def main(argv=None):
     test_prompts = load_test_prompts(args, tokenizer)
 
     run.start(str(device))
-    reference_logps = {name: all_logps(reference, rows, args.batch_size, f"reference, {name}") for name, rows in pairs.items()}
+    reference_logps = {}
+    for split, rows in pairs.items():
+        reference_logps[split] = all_logps(reference, rows, args.batch_size, f"reference, {split} pairs")
     tested = train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run)
     run.save_model(policy, tokenizer)
     run.finish(**evaluate(policy, reference, tokenizer, scorer, test_prompts, run), **tested)

@@ -1,0 +1,88 @@
+"""Figures of all runs in a folder, from their metrics.jsonl; a run that is still going is drawn as far as it is.
+
+    python plot.py runs/course        # writes reinforce.png and dpo.png beside the runs
+
+reinforce.png: reward and KL of each batch against the step. dpo.png: training loss of each batch, the test loss
+after each epoch, and ln 2, where every DPO run starts. Faint: each step. Strong: mean over a window of steps.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt
+import numpy as np
+
+import runs
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+WINDOW = 25  # steps in the running mean
+
+
+def running_mean(steps, values, window=WINDOW):
+    """Mean over each full window, with the step in the window's middle; shorter runs use a shorter window."""
+    window = min(window, len(values))
+    means = np.convolve(values, np.ones(window) / window, mode="valid")
+    return np.convolve(steps, np.ones(window) / window, mode="valid"), means
+
+
+def draw(axes, rows, key, colour, label):
+    """One metric of one run against the step."""
+    steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+    axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+    axes.plot(*running_mean(steps, values), color=colour, linewidth=1.8, label=label)
+
+
+def reinforce_figure(found):
+    """{run's name: rows} -> a figure of reward and KL, all runs in both panels."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for (name, rows), colour in zip(found.items(), COLOURS * len(found), strict=False):
+        draw(left, rows, "reward", colour, name)
+        draw(right, rows, "kl", colour, name)
+    left.set(xlabel="step", ylabel="reward, P(positive), mean of the batch", ylim=(0, 1))
+    right.set(xlabel="step", ylabel="KL to the original, nats per completion", ylim=(0, None))
+    left.legend(loc="lower right")
+    return figure
+
+
+def dpo_figure(found):
+    """{run's name: rows} -> a figure of training and test loss, one panel a run, all to the same scale."""
+    size = {"figsize": (5 * len(found), 3.8), "layout": "constrained"}
+    figure, panels = plt.subplots(1, len(found), squeeze=False, sharey=True, **size)
+    for (name, rows), axes, colour in zip(found.items(), panels[0], COLOURS * len(found), strict=False):
+        trained = [row for row in rows if "step" in row]
+        if trained:
+            draw(axes, trained, "loss", colour, "training, each batch")
+        done = [sum("step" in before for before in rows[:i]) for i, row in enumerate(rows) if "epoch" in row]
+        tested = [row["test_loss"] for row in rows if "epoch" in row]
+        axes.plot(done, tested, "o", color="black", label="test, after each epoch")
+        axes.axhline(math.log(2), color="grey", linestyle="--", linewidth=1, label="ln 2: policy = reference")
+        axes.set(xlabel="step", ylabel="DPO loss", title=name)
+        axes.legend(loc="lower left")
+    return figure
+
+
+def main(argv=None):
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("folder", type=Path, help="the folder that holds the runs")
+    folder = flags.parse_args(argv).folder
+    if not folder.is_dir():
+        raise runs.UserError(f"there is no folder {folder}")
+    found = {path.parent.name: runs.read_rows(path) for path in sorted(folder.glob("*/metrics.jsonl"))}
+    kinds = {
+        "reinforce.png": (reinforce_figure, {name: rows for name, rows in found.items() if rows and "kl" in rows[0]}),
+        "dpo.png": (dpo_figure, {name: rows for name, rows in found.items() if rows and "epoch" in rows[0]}),
+    }
+    if not any(some for _, some in kinds.values()):
+        raise runs.UserError(f"{folder} has no training run: no folder in it holds a metrics.jsonl with rows")
+    for name, (figure_of, some) in kinds.items():
+        if some:
+            figure_of(some).savefig(folder / name, dpi=150)
+            print(f"{folder / name}: {', '.join(some)}")
+
+
+if __name__ == "__main__":
+    runs.launch(main)

@@ -17,22 +17,8 @@ import torch
 from tqdm import tqdm
 
 import runs
-from common import (
-    check_length,
-    checked_grad_norm,
-    completion_logits,
-    completion_mask,
-    decode,
-    generator,
-    load_policy,
-    load_prompts,
-    load_reference,
-    masked_sum,
-    pick_device,
-    sample,
-    token_kl,
-    token_logps,
-)
+from common import (check_length, checked_grad_norm, completion_logits, completion_mask, decode, generator,
+                    load_policy, load_prompts, load_reference, masked_sum, pick_device, sample, token_kl, token_logps)
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples, positivity
 
 
@@ -102,10 +88,10 @@ def main(argv=None):
     flags.add_argument("--alpha", type=runs.not_negative, default=0.0, help="reward per nat of a whole completion (0)")
     flags.add_argument("--advantage", choices=("reward", "loo"), default="reward", help="what weights log p (reward)")
     args = flags.parse_args(argv)
-    run = runs.Run(args)
+    run = runs.Run(args, "reinforce.py")
     device = pick_device(args.device)
     policy, tokenizer = load_policy(args.policy, device, args.precision)
-    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len and --completion-len")
+    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len")
     reference = load_reference(args.reference or args.policy, policy, device, args.precision)
     scorer = load_scorer(args.reward_model, device, args.positive_label, args.precision)
     order = generator(args.seed, "train subset")

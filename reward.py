@@ -7,6 +7,7 @@ scripts: mean reward over the test split, KL to the original policy, and how var
     python reward.py --out runs/mine --policy runs/course/alpha-0.02/model       # any checkpoint against the original
 """
 
+import itertools
 import time
 from typing import NamedTuple
 
@@ -15,23 +16,8 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 import runs
-from common import (
-    check_length,
-    completion_logits,
-    completion_mask,
-    decode,
-    generator,
-    load_model,
-    load_policy,
-    load_prompts,
-    load_reference,
-    load_tokenizer,
-    masked_sum,
-    pick_device,
-    sample,
-    token_kl,
-    token_logps,
-)
+from common import (check_length, completion_logits, completion_mask, decode, generator, load_model, load_policy,
+                    load_prompts, load_reference, load_tokenizer, masked_sum, pick_device, sample, token_kl, token_logps)
 
 SAMPLES = 5  # completions shown of every policy, always of the same prompts
 SAMPLE_EVERY = 50  # training steps between two looks at them
@@ -58,7 +44,8 @@ def positive_index(id2label, wanted=None):
 
 def load_scorer(name, device, positive_label=None, precision="fp32"):
     """Hub name or local folder of a sentiment classifier -> Scorer."""
-    model = load_model(AutoModelForSequenceClassification, "--reward-model", name, device, precision).requires_grad_(False)
+    wanted = (AutoModelForSequenceClassification, "a classifier", "--reward-model")
+    model = load_model(*wanted, name, device, precision).requires_grad_(False)
     try:
         positive = positive_index(model.config.id2label, positive_label)
     except ValueError as error:
@@ -76,9 +63,8 @@ def positivity(scorer, texts):
 
 
 def distinct_2(completions):
-    """list of str -> the share of word pairs, within a completion and pooled over all, that differ. None without any."""
-    words = [text.split() for text in completions]
-    pairs = [pair for row in words for pair in zip(row, row[1:], strict=False)]
+    """list of str -> share of the bigrams, pooled over all completions, that are different ones; None without any."""
+    pairs = [pair for text in completions for pair in itertools.pairwise(text.split())]
     return len(set(pairs)) / len(pairs) if pairs else None
 
 
@@ -140,8 +126,8 @@ def log_samples(policy, tokenizer, scorer, prompts, run, step):
     noise = generator(run.args.seed, "samples", policy.device)
     tokens = sample(policy, prompts[:SAMPLES].to(policy.device), run.args.completion_len, noise)
     rewards = positivity(scorer, decode(tokenizer, tokens)).tolist()
-    texts = zip(decode(tokenizer, tokens[:, : prompts.shape[1]]), decode(tokenizer, tokens[:, prompts.shape[1] :]), strict=True)
-    rows = [{"step": step, "prompt": p, "completion": c, "reward": r} for (p, c), r in zip(texts, rewards, strict=True)]
+    texts = [decode(tokenizer, part) for part in tokens.tensor_split([prompts.shape[1]], dim=1)]
+    rows = [{"step": step, "prompt": p, "completion": c, "reward": r} for p, c, r in zip(*texts, rewards, strict=True)]
     run.samples(rows)
     tqdm.write(f"step {step}, reward {rewards[0]:.2f}: {rows[0]['prompt']!r} -> {rows[0]['completion']!r}")
 
@@ -161,10 +147,10 @@ def load_test_prompts(args, tokenizer):
 
 def main(argv=None):
     args = runs.parser(__doc__).parse_args(argv)
-    run = runs.Run(args)
+    run = runs.Run(args, "reward.py")
     device = pick_device(args.device)
     policy, tokenizer = load_policy(args.policy, device, args.precision)
-    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len and --completion-len")
+    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len")
     original = args.reference or runs.COURSE["policy"]
     reference = policy if original == args.policy else load_reference(original, policy, device, args.precision)
     scorer = load_scorer(args.reward_model, device, args.positive_label, args.precision)

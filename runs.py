@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -24,6 +25,9 @@ COURSE = {  # the names that the course uses on the model hub
 }
 
 
+SUMMARY = ("reward", "reward_se", "n", "kl", "distinct_2", "test_loss", "test_accuracy")
+
+
 class UserError(Exception):
     """Something that the caller can put right. Its message is one line: what is wrong and what to do."""
 
@@ -36,7 +40,7 @@ def launch(main):
     except UserError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; no eval.json, so the run counts as unfinished", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; the run has no eval.json: it is unfinished", file=sys.stderr)
         sys.exit(130)
 
 
@@ -115,12 +119,12 @@ def training_flags(flags, batch_size, lr, epochs):
 class Run:
     """One run's folder. Making a Run writes nothing: it only refuses a folder that must be left alone."""
 
-    def __init__(self, args):
-        self.args, self.folder = args, args.out
+    def __init__(self, args, script):
+        self.args, self.script, self.folder = args, script, args.out
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {self.folder} is a file; give a folder")
         if (self.folder / "eval.json").exists() and not args.overwrite:
-            raise UserError(f"--out {self.folder} holds a finished run; give another folder, or --overwrite to replace it")
+            raise UserError(f"--out {self.folder} holds a finished run; give another folder, or add --overwrite")
         if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.json").exists():
             raise UserError(f"--out {self.folder} is not empty and no run's folder; give another one")
 
@@ -132,10 +136,10 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)  # eval.json first: from here on the run is unfinished
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.args).items()}
-            packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
-            versions = {"python": platform.python_version(), **packages}
-            config = {"script": Path(sys.argv[0]).name, "flags": flags, "versions": versions}
-            write_whole(self.folder / "config.json", to_json({**config, "device": device, "commit": commit()}, indent=2))
+            versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
+            versions["python"] = platform.python_version()
+            about = {"script": self.script, "flags": flags, "versions": versions, "device": device, "commit": commit()}
+            write_whole(self.folder / "config.json", to_json(about, indent=2))
         except OSError as error:
             raise UserError(f"--out {self.folder} cannot be written: {error.strerror}") from None
 
@@ -158,8 +162,8 @@ class Run:
 
     def finish(self, **results):
         write_whole(self.folder / "eval.json", to_json(results, indent=2))
-        print(f"{self.folder}: reward {results['reward']:.4f} ± {results['reward_se']:.4f} (n {results['n']}), ", end="")
-        print(f"KL {results['kl']:.3f} nats, distinct-2 {results['distinct_2']:.3f}")
+        shown = {name: "-" if results[name] is None else f"{results[name]:.4g}" for name in SUMMARY if name in results}
+        print(f"{self.folder}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
 
 
 def to_json(value, **options):
@@ -197,3 +201,48 @@ def commit():
     with contextlib.suppress(OSError):
         found = subprocess.run(command, capture_output=True, text=True)
         return found.stdout.strip() or None
+
+
+# ---- what comes from outside -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def loading(flag, name, kind):
+    """Around a library's loading call: checks a local path first, and turns whatever goes wrong into one line."""
+    import huggingface_hub  # here, so that importing this file stays cheap
+    import transformers
+
+    folder = Path(name).is_dir()
+    if not folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{flag} {name}: there is no such folder")
+    transformers.utils.logging.disable_progress_bar()  # a bar for each weight read from disk
+    huggingface_hub.utils.enable_progress_bars()  # but downloads show theirs
+    logging.disable(logging.CRITICAL)  # the libraries' own warnings: what matters becomes the error below
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(". ")[0][:300] or type(error).__name__
+        advice = "" if folder else "; check the name and the network, or give a local folder"
+        raise UserError(f"{flag} {name} cannot be loaded as {kind}{advice} ({reason})") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def load_columns(flag, name, split, columns):
+    """The named text columns of a data set's split (hub name or local folder), as lists of str of the same length."""
+    import datasets
+
+    with loading(flag, name, "a data set"):
+        splits = datasets.load_dataset(name)
+    if split not in splits:
+        raise UserError(f"{flag} {name} has no split {split!r}; it has {', '.join(splits)}")
+    for column in columns:
+        if column not in splits[split].column_names:
+            has = ", ".join(splits[split].column_names)
+            raise UserError(f"{flag} {name}, split {split}, has no column {column!r}; it has {has}")
+    texts = [splits[split][column][:] for column in columns]
+    for column, values in zip(columns, texts, strict=True):
+        for row, value in enumerate(values):
+            if not isinstance(value, str):
+                raise UserError(f"{flag} {name}, split {split}, row {row}, column {column}: {value!r} is not a text")
+    return texts

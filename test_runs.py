@@ -1,0 +1,496 @@
+"""Whole runs of the three scripts through their command lines, on models and data of a few kilobytes made here."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it; and nothing is left in the user's cache
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="test_runs_")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DistilBertConfig, DistilBertForSequenceClassification,
+                          GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast)
+
+import common
+import dpo
+import plot
+import reinforce
+import reward
+import runs
+
+SCRIPTS = {"reward": reward, "reinforce": reinforce, "dpo": dpo}
+SUBJECTS = ["the film", "this movie", "her part", "the plot", "our hero", "the old score", "a late scene", "that cast"]
+GOOD = ["was good", "is a joy", "felt warm and fine", "made me glad", "sings"]
+BAD = ["was bad", "is a bore", "felt cold and thin", "made me sad", "drags"]
+
+
+def review(n, words):
+    """A review of four clauses with the given verdicts, another one for each n."""
+    clauses = [f"{SUBJECTS[(n * 7 + i * 3) % 8]} {words[(n + i) % 5]}" for i in range(4)]
+    return f"Review {n}: " + ", ".join(clauses) + "."
+
+
+REVIEWS = [review(n, BAD if n < 40 else GOOD) for n in range(80)]  # sorted by label, as the real ones are
+
+
+def save_tokenizer(folder, model, trainer, pre_tokenizer, **special):
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.train_from_iterator(REVIEWS, trainer)
+    if "cls_token" in special:
+        ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
+    else:
+        tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special)
+    fast.save_pretrained(folder)
+    return fast
+
+
+def save_policy(folder):
+    """A random GPT-2 with a byte-level tokenizer; eos is <|endoftext|>, and nothing is called pad."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = save_tokenizer(folder, models.BPE(), trainer, level, eos_token="<|endoftext|>")
+    torch.manual_seed(0)
+    end = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, **end)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+def save_classifier(folder, id2label):
+    """A random DistilBERT whose opinions are strong enough for a policy to chase."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=names)
+    special = {f"{name[1:-1].lower()}_token": name for name in names}
+    tokenizer = save_tokenizer(folder, models.WordPiece(unk_token="[UNK]"), trainer, pre_tokenizers.Whitespace(), **special)
+    torch.manual_seed(1)
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 48, "dim": 32, "hidden_dim": 64}
+    config = DistilBertConfig(**size, n_layers=1, n_heads=2, initializer_range=0.5, id2label=id2label, label2id={v: k for k, v in id2label.items()})
+    DistilBertForSequenceClassification(config).save_pretrained(folder)
+
+
+def save_rows(folder, **splits):
+    folder.mkdir()
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def labelled(texts):
+    return [{"text": text, "label": int(i >= len(texts) / 2)} for i, text in enumerate(texts)]
+
+
+def pair(n, prompt=None):
+    subject = prompt or f"Review {n}: {SUBJECTS[n % 8]}"
+    return {"prompt": subject, "positive_completion": " " + GOOD[n % 5], "negative_completion": " " + BAD[n % 5]}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with policy/, reward_model/, prompts/ and pairs/ in the formats of the real ones."""
+    folder = tmp_path_factory.mktemp("world")
+    save_policy(folder / "policy")
+    save_classifier(folder / "reward_model", {0: "LABEL_0", 1: "LABEL_1"})
+    save_rows(folder / "prompts", train=labelled(REVIEWS), test=labelled([*REVIEWS[::4], "Short."]))
+    save_rows(folder / "pairs", train=[pair(n) for n in range(20)], test=[pair(n) for n in range(20, 27)])
+    return folder
+
+
+def flags(world, script, out, *more, **replaced):
+    """The command line of a small run: names in `replaced` take the place of the world's folders."""
+    folders = {name: world / name for name in ("policy", "reward_model", "prompts", "pairs")} | replaced
+    given = {"--out": out, "--policy": folders["policy"], "--prompts": folders["prompts"]}
+    given |= {"--reward-model": folders["reward_model"], "--device": "cpu"}
+    if script == "reward":
+        given["--reference"] = given["--policy"]
+    if script == "dpo":
+        given |= {"--pairs": folders["pairs"], "--max-len": 64}
+    return [str(part) for item in given.items() for part in item] + [str(part) for part in more]
+
+
+def call(script, *argv):
+    SCRIPTS[script].main(list(map(str, argv)))
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def finished(world, tmp_path_factory):
+    """One small run of each script, as a user would start them, and their eval.json."""
+    folder = tmp_path_factory.mktemp("finished")
+    call("reward", *flags(world, "reward", folder / "baseline"))
+    call("reinforce", *flags(world, "reinforce", folder / "alpha-0.1", "--alpha", 0.1, "--batch-size", 32, "--lr", 1e-3))
+    call("dpo", *flags(world, "dpo", folder / "beta-0.1", "--batch-size", 8, "--lr", 3e-3, "--epochs", 2))
+    return folder
+
+
+# ---- what a run leaves behind ------------------------------------------------------------------------------------
+
+EVALUATED = {"reward", "reward_se", "n", "kl", "kl_se", "distinct_2", "distinct_2_texts", "mean_length", "seconds", "samples"}
+
+
+def test_the_baseline_run_folder(finished):
+    folder = finished / "baseline"
+    assert {path.name for path in folder.iterdir()} == {"config.json", "completions.jsonl", "eval.json"}
+    result = json.loads((folder / "eval.json").read_text())
+    assert set(result) == EVALUATED
+    assert result["n"] == 20  # 21 test reviews, one of them too short
+    assert result["kl"] == 0 and 0 <= result["reward"] <= 1 and len(result["samples"]) == 5
+    rows = rows_of(folder / "completions.jsonl")
+    assert [row["number"] for row in rows] == list(range(20))
+    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
+    assert result["reward"] == pytest.approx(rewards.mean().item())
+    assert result["reward_se"] == pytest.approx(rewards.std().item() / math.sqrt(20))
+    assert all(row["logp"] == row["reference_logp"] < 0 for row in rows)
+    assert all(row["text"].startswith(row["prompt"]) for row in rows)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["script"] == "reward.py" and config["flags"]["seed"] == 0 and config["device"] == "cpu"
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_the_reinforce_run_folder(finished):
+    folder = finished / "alpha-0.1"
+    names = {"config.json", "metrics.jsonl", "samples.jsonl", "completions.jsonl", "eval.json", "model"}
+    assert {path.name for path in folder.iterdir()} == names
+    metrics = rows_of(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3]  # 80 prompts: 32 + 32 + 16, the ragged batch is used
+    keys = ["step", "loss", "reward", "kl", "grad_norm", "tokens_per_second", "seconds"]
+    assert all(list(row) == keys for row in metrics)
+    assert metrics[0]["kl"] < 1e-5 and metrics[-1]["kl"] > metrics[0]["kl"]
+    assert json.loads((folder / "eval.json").read_text())["kl"] > 0
+    assert [row["step"] for row in rows_of(folder / "samples.jsonl")] == [0] * 5
+
+
+def test_the_dpo_run_folder(finished):
+    folder = finished / "beta-0.1"
+    metrics = rows_of(folder / "metrics.jsonl")
+    tests, steps = [row for row in metrics if "epoch" in row], [row for row in metrics if "step" in row]
+    assert [row["epoch"] for row in tests] == [0, 1, 2] and "epoch" in metrics[0] and "epoch" in metrics[-1]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]  # 20 pairs: 8 + 8 + 4, twice
+    keys = ["step", "loss", "accuracy", "margin", "chosen_logp", "rejected_logp", "grad_norm", "seconds"]
+    assert all(list(row) == keys for row in steps)
+    assert tests[0]["test_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert tests[2]["test_loss"] < 0.6 and tests[2]["test_accuracy"] == 1
+    result = json.loads((folder / "eval.json").read_text())
+    assert set(result) == EVALUATED | {"test_loss", "test_accuracy", "test_margin"}
+    assert result["test_loss"] == tests[2]["test_loss"]
+
+
+@pytest.mark.parametrize("name", ["alpha-0.1", "beta-0.1"])
+def test_the_trained_folder_loads_and_evaluates_to_the_runs_own_numbers(world, finished, tmp_path, name):
+    folder = finished / name
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert AutoTokenizer.from_pretrained(folder / "model")("the film")["input_ids"]
+    before = AutoModelForCausalLM.from_pretrained(world / "policy")
+    assert (model.transformer.wte.weight - before.transformer.wte.weight).abs().max() > 1e-4
+    more = ["--policy", folder / "model", "--reference", world / "policy"]
+    call("reward", *flags(world, "reward", tmp_path / "again"), *more)
+    again, first = (json.loads((path / "eval.json").read_text()) for path in (tmp_path / "again", folder))
+    assert {key: again[key] for key in EVALUATED - {"seconds"}} == {key: first[key] for key in EVALUATED - {"seconds"}}
+
+
+def test_kl_of_the_evaluation_is_that_of_policy_to_reference(world, finished):
+    """On sampled completions the mean of logp - reference_logp is the KL too, with more noise."""
+    rows = rows_of(finished / "beta-0.1" / "completions.jsonl")
+    sampled = torch.tensor([row["logp"] - row["reference_logp"] for row in rows])
+    exact = torch.tensor([row["kl"] for row in rows])
+    assert exact.min() >= 0
+    assert (sampled.mean() - exact.mean()).abs() < 4 * sampled.std() / math.sqrt(len(rows))
+
+
+@pytest.mark.parametrize("script", ["reinforce", "dpo"])
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(world, tmp_path, script):
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        more = ["--seed", seed, "--eval-limit", 4, "--limit", 16, "--batch-size", 8, "--lr", 1e-3]
+        call(script, *flags(world, script, tmp_path / name, *more))
+        rows = without_times(rows_of(tmp_path / name / "metrics.jsonl"))
+        found.append((rows, rows_of(tmp_path / name / "completions.jsonl")))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+    prompts = [[row["prompt"] for row in completions] for _, completions in found]
+    assert prompts[0] == prompts[2]  # the test prompts are the same whatever the seed
+
+
+@pytest.mark.parametrize("advantage", ["reward", "loo"])
+def test_reinforce_learns_to_be_rewarded_and_the_kl_holds_it_back(world, tmp_path, monkeypatch, advantage):
+    def share_of_e(scorer, texts):  # a reward that is plain to learn in seconds
+        return torch.tensor([text.count("e") / max(len(text), 1) for text in texts])
+
+    monkeypatch.setattr(reinforce, "positivity", share_of_e)
+    more = ["--advantage", advantage, "--lr", 1e-2, "--epochs", 20, "--batch-size", 16, "--eval-limit", 2]
+    ends = {}
+    for alpha in (0, 100):
+        call("reinforce", *flags(world, "reinforce", tmp_path / str(alpha), "--alpha", alpha, *more))
+        rows = rows_of(tmp_path / str(alpha) / "metrics.jsonl")
+        ends[alpha] = [sum(row[key] for row in rows[-10:]) / 10 for key in ("reward", "kl")]
+    start = rows[0]["reward"]
+    assert ends[0][0] > 2 * start and ends[100][0] < 1.2 * start, (start, ends)
+    assert ends[0][1] > 10 * ends[100][1], ends
+
+
+def test_limits_take_that_many_rows(world, tmp_path):
+    call("dpo", *flags(world, "dpo", tmp_path / "run", "--limit", 5, "--eval-limit", 3, "--batch-size", 2, "--epochs", 1))
+    assert sum("step" in row for row in rows_of(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert len(rows_of(tmp_path / "run" / "completions.jsonl")) == 3
+
+
+def test_bf16_runs_and_starts_close_to_the_reference(world, tmp_path):
+    more = ["--precision", "bf16", "--limit", 8, "--batch-size", 4, "--epochs", 1, "--eval-limit", 4]
+    call("dpo", *flags(world, "dpo", tmp_path / "dpo", *more))
+    assert rows_of(tmp_path / "dpo" / "metrics.jsonl")[1]["loss"] == pytest.approx(math.log(2), abs=0.005)
+    call("reinforce", *flags(world, "reinforce", tmp_path / "rl", *more))
+    assert rows_of(tmp_path / "rl" / "metrics.jsonl")[0]["kl"] < 0.01
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "rl" / "model")
+    assert model.dtype == torch.float32
+
+
+def test_figures_are_drawn_of_whatever_is_there(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "runs")
+    with (tmp_path / "runs" / "beta-0.1" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # a run that was cut off while it wrote
+    plot.main([str(tmp_path / "runs")])
+    for name in ("reinforce.png", "dpo.png"):
+        assert (tmp_path / "runs" / name).read_bytes().startswith(b"\x89PNG")
+    assert "alpha-0.1" in capsys.readouterr().out
+
+
+def test_running_mean_stands_in_the_middle_of_its_window():
+    steps, means = plot.running_mean([1, 2, 3, 4], [0.0, 1.0, 2.0, 6.0], window=2)
+    assert steps.tolist() == [1.5, 2.5, 3.5] and means.tolist() == [0.5, 1.5, 4.0]
+
+
+# ---- texts, tokens, rewards --------------------------------------------------------------------------------------
+
+
+def test_prompt_ids_are_those_of_the_whole_text(world):
+    tokenizer = common.load_tokenizer("--policy", str(world / "policy"))
+    texts = [*REVIEWS, "x" * 500 + " the film", "the film" + " " * 300 + "was good", "é" * 90, "", "a\nb\t c", "is" * 400]
+    texts += ["the film <|endoftext|> was good and the plot was bad and our hero is a joy" * 9, "don't " * 60, "🎬 " * 50]
+    for length in (1, 3, 10):
+        whole = [common.encode(tokenizer, [text])[0][:length] for text in texts]
+        assert common.first_tokens(tokenizer, texts, length) == whole
+
+
+def test_an_end_mark_inside_a_text_stays_text(world):
+    tokenizer = common.load_tokenizer("--policy", str(world / "policy"))
+    (ids,) = common.encode(tokenizer, ["good <|endoftext|> bad"])
+    assert tokenizer.eos_token_id not in ids
+    assert common.decode(tokenizer, torch.tensor([ids])) == ["good <|endoftext|> bad"]
+    assert common.decode(tokenizer, torch.tensor([[*ids, tokenizer.eos_token_id]])) == ["good <|endoftext|> bad"]
+
+
+def test_test_prompts_are_shuffled_and_the_first_n_stay_the_first_n(world):
+    tokenizer = common.load_tokenizer("--policy", str(world / "policy"))
+    loaded = [
+        common.load_prompts(str(world / "prompts"), "train", tokenizer, 5, common.generator(0, "test order"), limit)
+        for limit in (None, 7)
+    ]
+    assert loaded[0].shape == (80, 5) and loaded[0][:7].tolist() == loaded[1].tolist()
+    whole = [common.encode(tokenizer, [text])[0][:5] for text in REVIEWS]
+    assert sorted(loaded[0].tolist()) == sorted(whole) and loaded[0].tolist() != whole
+
+
+def test_positivity_is_the_softmax_of_the_positive_label_row_by_row(world, tmp_path):
+    texts = ["the film was good", "her part is a bore " * 40, "", "sings"]  # one of them far over the 48 positions
+    scorer = reward.load_scorer(str(world / "reward_model"), torch.device("cpu"))
+    found = reward.positivity(scorer, texts)
+    assert found.shape == (4,) and found.requires_grad is False
+    for text, score in zip(texts, found, strict=True):
+        inputs = scorer.tokenizer(text, truncation=True, max_length=48, return_tensors="pt")
+        logits = scorer.model(**inputs).logits[0]
+        assert score.item() == pytest.approx((logits[1].exp() / logits.exp().sum()).item(), abs=1e-5)
+    save_classifier(tmp_path / "swapped", {0: "POSITIVE", 1: "NEGATIVE"})
+    swapped = reward.load_scorer(str(tmp_path / "swapped"), torch.device("cpu"))
+    torch.testing.assert_close(reward.positivity(swapped, texts), 1 - found, atol=1e-4, rtol=0)
+
+
+def test_pairs_are_cut_counted_and_encoded_apart(world, tmp_path, capsys):
+    tokenizer = common.load_tokenizer("--policy", str(world / "policy"))
+    rows = [pair(0), pair(1, "the film " * 40), {**pair(2), "negative_completion": ""}]
+    save_rows(tmp_path / "pairs", train=rows, test=rows[:1])
+    pairs = dpo.load_pairs(str(tmp_path / "pairs"), tokenizer, tokenizer.eos_token_id, 32)
+    said = capsys.readouterr().out
+    assert "as they stand" in said and "train pairs: 1 of 3; 2 keep no completion token" in said
+    expected = [common.encode(tokenizer, [rows[0][column]])[0] for column in dpo.COLUMNS]
+    eos = [tokenizer.eos_token_id]
+    assert pairs["train"] == [(expected[0], expected[1] + eos, expected[2] + eos)]
+
+
+# ---- bad input: one clear line, exit code not 0, nothing half-written --------------------------------------------
+
+
+def refusal(script, *argv, capsys):
+    """Runs a script as its last line does -> what it said on stderr. It must have stopped with a non-zero code."""
+    with pytest.raises(SystemExit) as stopped:
+        runs.launch(lambda: call(script, *argv))
+    said = capsys.readouterr().err
+    if isinstance(stopped.value.code, str):  # sys.exit prints it and ends with code 1
+        return stopped.value.code
+    assert stopped.value.code not in (0, None)
+    return said.strip()
+
+
+@pytest.fixture(scope="session")
+def odd(world, tmp_path_factory):
+    """Folders that are not what the flags want."""
+    folder = tmp_path_factory.mktemp("odd")
+    shutil.copytree(world / "policy", folder / "no-tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
+    save_classifier(folder / "stars", {0: "1 star", 1: "5 stars"})
+    shutil.copytree(world / "policy", folder / "cut-short")
+    weights = (folder / "cut-short" / "model.safetensors").read_bytes()
+    (folder / "cut-short" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (folder / "empty").mkdir()
+    save_rows(folder / "no-test", train=labelled(REVIEWS))
+    save_rows(folder / "no-test-pairs", train=[pair(0)])
+    save_rows(folder / "no-text", **dict.fromkeys(("train", "test"), [{"review": "fine", "stars": 3}]))
+    save_rows(folder / "short", **dict.fromkeys(("train", "test"), labelled(["Short.", "Too."])))
+    save_rows(folder / "missing", **dict.fromkeys(("train", "test"), labelled([*REVIEWS[:3], None])))
+    save_rows(folder / "no-rejected", **dict.fromkeys(("train", "test"), [{"prompt": "a", "positive_completion": "b"}]))
+    save_rows(folder / "empty-pairs", train=[pair(0)], test=[{**pair(1), "positive_completion": ""}])
+    return folder
+
+
+BAD_FOLDERS = [  # script, flag, folder below `odd`, what the one line must say
+    ("reward", "--policy", "nowhere", "--policy {}: there is no such folder"),
+    ("reward", "--policy", "empty", "--policy {} cannot be loaded as a language model"),
+    ("reward", "--policy", "no-tokenizer", "--policy {} has no tokenizer: save it beside the model"),
+    ("reward", "--policy", "cut-short", "--policy {} cannot be loaded as a language model"),
+    ("reward", "--policy", "../reward_model", "--policy {} cannot be loaded as a language model"),
+    ("reward", "--reward-model", "../policy", "--reward-model {} is not a classifier: its checkpoint has no score.weight"),
+    ("reward", "--reward-model", "nowhere", "--reward-model {}: there is no such folder"),
+    ("reward", "--reward-model", "stars", "cannot tell which of the labels 1 star, 5 stars is positive; name one with"),
+    ("reward", "--prompts", "nowhere", "--prompts {}: there is no such folder"),
+    ("reward", "--prompts", "empty", "--prompts {} cannot be loaded as a data set"),
+    ("reward", "--prompts", "no-test", "--prompts {} has no split 'test'; it has train"),
+    ("reward", "--prompts", "no-text", "split test, has no column 'text'; it has review, stars"),
+    ("reward", "--prompts", "short", "no test review has 10 tokens; lower --prompt-len"),
+    ("reward", "--prompts", "missing", "split test, row 3, column text: None is not a text"),
+    ("reinforce", "--reference", "../other-vocabulary", "has a vocabulary of 11 words, the policy"),
+    ("dpo", "--pairs", "no-rejected", "no column 'negative_completion'; it has prompt, positive_completion"),
+    ("dpo", "--pairs", "no-test-pairs", "--pairs {} has no split 'test'; it has train"),
+    ("dpo", "--pairs", "empty-pairs", "no test pair has two completions and a prompt below --max-len"),
+]
+
+
+@pytest.mark.parametrize(("script", "flag", "folder", "message"), BAD_FOLDERS)
+def test_bad_folders(world, odd, tmp_path, capsys, script, flag, folder, message):
+    path = world / folder[3:] if folder.startswith("../") else odd / folder
+    if folder == "../other-vocabulary" and not path.exists():
+        GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=1)).save_pretrained(path)
+    said = refusal(script, *flags(world, script, tmp_path / "run"), flag, path, capsys=capsys)
+    assert message.replace("{}", str(path)) in said
+    assert "\n" not in said and "error: " in said
+    assert not (tmp_path / "run").exists()
+
+
+BAD_FLAGS = [
+    ("reward", ["--eval-limit", 0], "argument --eval-limit: 0 is not at least 1"),
+    ("reinforce", ["--limit", 0], "argument --limit: 0 is not at least 1"),
+    ("reinforce", ["--alpha", -0.1], "argument --alpha: -0.1 is not at least 0"),
+    ("reinforce", ["--alpha", "nan"], "argument --alpha: nan is not at least 0"),
+    ("reinforce", ["--alpha", "much"], "argument --alpha: invalid number value: 'much'"),
+    ("reinforce", ["--lr", 0], "argument --lr: 0 is not greater than 0"),
+    ("reinforce", ["--advantage", "critic"], "argument --advantage: invalid choice: 'critic'"),
+    ("dpo", ["--beta", -1], "argument --beta: -1 is not greater than 0"),
+    ("dpo", ["--beta", 0], "argument --beta: 0 is not greater than 0"),
+    ("dpo", ["--batch-size", 1.5], "argument --batch-size: invalid whole number value: '1.5'"),
+    ("dpo", ["--max-len", 65], "--max-len = 65 tokens, but the policy has 64 positions"),
+    ("reward", ["--completion-len", 60], "--prompt-len + --completion-len = 70 tokens, but the policy has 64 positions"),
+    ("reward", ["--device", "abacus"], "--device abacus is not here; this machine has"),
+    ("reward", ["--positive-label", "good"], "cannot tell which of the labels LABEL_0, LABEL_1 is good"),
+    ("reward", ["--speed", 3], "unrecognized arguments: --speed 3"),
+]
+
+
+@pytest.mark.parametrize(("script", "more", "message"), BAD_FLAGS)
+def test_bad_flags(world, tmp_path, capsys, script, more, message):
+    said = refusal(script, *flags(world, script, tmp_path / "run"), *more, capsys=capsys)
+    assert message in said and "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["reward", "reinforce", "dpo"])
+def test_a_hub_name_that_is_not_in_the_cache_without_network(world, tmp_path, capsys, script):
+    argv = flags(world, script, tmp_path / "run", policy="distilgpt2")
+    said = refusal(script, *argv, capsys=capsys)
+    assert "--policy distilgpt2 cannot be loaded" in said and "or give a local folder" in said and "\n" not in said
+    for flag, name in (("--reward-model", "nobody/classifier"), ("--prompts", "stanfordnlp/imdb")):
+        said = refusal(script, *flags(world, script, tmp_path / "run"), flag, name, capsys=capsys)
+        assert f"{flag} {name} cannot be loaded" in said and "or give a local folder" in said and "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_left_alone_unless_overwrite(world, finished, tmp_path, capsys):
+    folder = tmp_path / "baseline"
+    shutil.copytree(finished / "baseline", folder)
+    before = (folder / "eval.json").read_bytes()
+    argv = flags(world, "reward", folder, "--eval-limit", 3)
+    assert "holds a finished run" in refusal("reward", *argv, capsys=capsys)
+    assert (folder / "eval.json").read_bytes() == before
+    # With --overwrite, a run that fails before it starts leaves the old result too.
+    assert "no such folder" in refusal("reward", *argv, "--overwrite", "--prompts", "./nowhere", capsys=capsys)
+    assert (folder / "eval.json").read_bytes() == before
+    call("reward", *argv, "--overwrite")
+    assert json.loads((folder / "eval.json").read_text())["n"] == 3
+
+
+def test_out_must_be_a_runs_folder_that_can_be_written(world, tmp_path, capsys):
+    (tmp_path / "file").write_text("precious")
+    assert "is a file; give a folder" in refusal("reward", *flags(world, "reward", tmp_path / "file"), capsys=capsys)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("precious")
+    assert "is not empty" in refusal("reward", *flags(world, "reward", tmp_path / "other"), capsys=capsys)
+    below = tmp_path / "file" / "run"
+    assert "cannot be written" in refusal("reward", *flags(world, "reward", below), capsys=capsys)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_an_unfinished_run_starts_anew(world, finished, tmp_path):
+    folder = tmp_path / "run with spaces ü"
+    shutil.copytree(finished / "beta-0.1", folder)
+    (folder / "eval.json").unlink()
+    call("reinforce", *flags(world, "reinforce", folder, "--limit", 4, "--eval-limit", 2))
+    assert len(rows_of(folder / "metrics.jsonl")) == 1 and (folder / "model").is_dir()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_logged(world, tmp_path, capsys):
+    more = ["--lr", 1e30, "--batch-size", 16]
+    said = refusal("reinforce", *flags(world, "reinforce", tmp_path / "run"), *more, capsys=capsys)
+    assert "step 2: the loss is nan" in said and "\n" not in said
+    assert [row["step"] for row in rows_of(tmp_path / "run" / "metrics.jsonl")] == [1]
+    assert not (tmp_path / "run" / "eval.json").exists() and not (tmp_path / "run" / "model").exists()
+
+
+def test_plot_says_what_it_misses(tmp_path, monkeypatch):
+    for folder, message in ((tmp_path / "nowhere", "there is no folder"), (tmp_path, "has no training run")):
+        with pytest.raises(SystemExit, match=message):
+            runs.launch(lambda folder=folder: plot.main([str(folder)]))
+
+
+def test_the_command_line_itself(world, tmp_path):
+    """As a child process: exit code, one line on stderr, no traceback; and --help loads and ends well."""
+    here = Path(__file__).parent
+    argv = [sys.executable, here / "reward.py", *flags(world, "reward", tmp_path / "run"), "--policy", tmp_path / "none"]
+    found = subprocess.run(list(map(str, argv)), capture_output=True, text=True)
+    assert found.returncode == 1 and found.stderr.count("\n") == 1
+    assert found.stderr.startswith("reward.py: error: --policy") and not (tmp_path / "run").exists()
+    for script in ("reward.py", "reinforce.py", "dpo.py", "plot.py"):
+        helped = subprocess.run([sys.executable, here / script, "--help"], capture_output=True, text=True)
+        assert helped.returncode == 0 and "usage:" in helped.stdout
