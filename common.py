@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs import UserError, load_columns, loading
 
-# ---- log-probabilities -------------------------------------------------------------------------------------------
+# ---- log-probabilities -------------------------------------------------------------------------------------
 
 
 def token_logps(logits, tokens):
@@ -26,18 +26,19 @@ def token_logps(logits, tokens):
     ValueError if the shapes disagree: gather would not complain about tokens that are one column short.
     """
     if logits.shape[:-1] != tokens.shape:
-        raise ValueError(f"tokens {tuple(tokens.shape)} do not match logits {tuple(logits.shape)}: not (B, N), (B, N, V)")
+        shapes = f"tokens {tuple(tokens.shape)} do not match logits {tuple(logits.shape)}"
+        raise ValueError(f"{shapes}: they must be (B, N) and (B, N, V)")
     logps = logits.float().log_softmax(dim=-1)
     return logps.gather(dim=-1, index=tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def token_kl(logits, ref_logits):
-    """(B, N, V) twice -> (B, N): exact KL(policy ‖ reference) in nats at each position, over the whole vocabulary.
+    """(B, N, V) twice -> (B, N): exact KL(policy ‖ reference) in nats at each position (section 3).
 
-        KL = sum_v p(v) * (log p(v) - log q(v)),   p the policy, q the reference
+        KL = sum_v p(v) * (log p(v) - log q(v)),   p the policy, q the reference, v the whole vocabulary
 
-    The gradient flows through p and log p. It leaves out that an early token changes which later contexts are
-    visited: biased, on purpose, for far less variance than the sampled form. ValueError if the shapes disagree.
+    The gradient flows through p and log p. It leaves out that an early token changes which contexts come
+    later: biased, on purpose, for far less variance than the sampled form. ValueError if the shapes disagree.
     """
     if logits.shape != ref_logits.shape:
         raise ValueError(f"ref_logits {tuple(ref_logits.shape)} do not match logits {tuple(logits.shape)}")
@@ -50,7 +51,7 @@ def token_kl(logits, ref_logits):
 def completion_mask(completions, eos):
     """(B, N), int -> (B, N) bool: true up to and including the first eos.
 
-    From positions, not from `tokens != pad`: GPT-2 pads with eos, and the choice to stop must be trained too.
+    From positions, not `tokens != pad`: GPT-2 pads with eos, and the choice to stop must be trained too.
     """
     is_eos = completions == eos
     eos_before = is_eos.cumsum(dim=-1) - is_eos.long()  # how many lie strictly to the left
@@ -58,17 +59,20 @@ def completion_mask(completions, eos):
 
 
 def masked_sum(values, mask):
-    """(B, N), (B, N) -> (B,): sum over the tokens in the mask; what it hides is never read, not even a nan."""
+    """(B, N), (B, N) -> (B,): sum over the tokens in the mask. What it hides is never read, not even a nan.
+
+    ValueError if the shapes disagree.
+    """
     if values.shape != mask.shape:
         raise ValueError(f"mask {tuple(mask.shape)} does not match values {tuple(values.shape)}")
     return values.masked_fill(~mask.bool(), 0.0).sum(dim=-1)
 
 
 def completion_logits(model, tokens, length, attention=None):
-    """(B, T) -> (B, N, V): the logits that forecast the last N = `length` tokens. Padding needs `attention` (B, T).
+    """(B, T) -> (B, N, V): the logits that forecast the last N = `length` tokens, aligned with them.
 
     The forecast of token t stands at column t-1, so the last token is never fed. The big product with the
-    vocabulary is done for these N columns only.
+    vocabulary is done for these N columns only. Padded rows need `attention` (B, T), 0 at the padding.
     """
     positions = None
     if attention is not None:  # GPT-2 would count the padding on the left as positions
@@ -78,7 +82,7 @@ def completion_logits(model, tokens, length, attention=None):
     return model(**inputs, use_cache=False, logits_to_keep=length).logits
 
 
-# ---- sampling ----------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -86,7 +90,7 @@ def sample(model, prompts, length, generator=None):
     """(B, P) -> (B, P + N): each prompt and N = `length` tokens drawn from exactly softmax(logits).
 
     No top-k, no temperature: REINFORCE is right only for samples of the distribution that it scores.
-    A row that has drawn eos is filled up with eos. Reproducible with a torch.Generator on the model's device.
+    A row that has drawn eos is filled up with eos. Reproducible with a torch.Generator of the model's device.
     """
     eos = model.config.eos_token_id
     tokens = torch.cat([prompts, prompts.new_full((len(prompts), length), eos)], dim=1)
@@ -108,8 +112,8 @@ def draw(logits, generator=None):
     """(B, V) -> (B,): a word of each row, with probability softmax(logits).
 
     One uniform number a row, looked up in the cumulative distribution: word v owns the stretch from the sum
-    before it to the sum with it, so a word of probability 0 owns nothing and is never drawn. Logits of nan give
-    any word: their loss is nan too, and that stops the run.
+    before it to the sum with it, so a word of probability 0 owns nothing and is never drawn. Where logits
+    are nan the draw means nothing: the loss is nan too, and stops the run.
     """
     cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
     uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)  # in [0, 1)
@@ -118,16 +122,17 @@ def draw(logits, generator=None):
 
 
 def generator(seed, use, device="cpu"):
-    """A torch.Generator for one use ("train order", "sampling", ...), so that no use disturbs another's draws."""
+    """A torch.Generator for one use ("sampling", "train order"), so that no use disturbs another."""
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {use}".encode()))
 
 
-# ---- training ----------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 def checked_grad_norm(step, loss, model):
     """Norm of the whole gradient, after loss.backward(). Stops the run before a nan can reach the weights."""
-    norm = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     for name, value in (("loss", loss), ("gradient's norm", norm)):
         if not torch.isfinite(value):
             advice = "the metrics up to here are kept, the weights are not; try a lower --lr"
@@ -135,7 +140,7 @@ def checked_grad_norm(step, loss, model):
     return norm.item()
 
 
-# ---- loading -----------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------
 
 
 def pick_device(name):
@@ -152,7 +157,7 @@ def load_tokenizer(flag, name):
     with loading(flag, name, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what the library returns where it finds none
-        raise UserError(f"{flag} {name} has no tokenizer: save it beside the model with tokenizer.save_pretrained")
+        raise UserError(f"{flag} {name} has no tokenizer: put its files beside the model's (save_pretrained)")
     return tokenizer
 
 
@@ -175,6 +180,8 @@ def load_policy(name, device, precision="fp32"):
     """Hub name or local folder -> (language model, tokenizer)."""
     model = load_model(AutoModelForCausalLM, "a language model", "--policy", name, device, precision)
     tokenizer = load_tokenizer("--policy", name)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"--policy {name}: its tokenizer has {len(tokenizer)} words, the model fewer")
     if model.config.eos_token_id is None:
         model.config.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
@@ -202,15 +209,15 @@ def encode(tokenizer, texts):
 
 
 def decode(tokenizer, tokens):
-    """(B, T) -> list of B str, as it stands but for special tokens (the eos that finished rows are filled with)."""
+    """(B, T) -> list of B str, as they stand but for special tokens (finished rows are filled with eos)."""
     return tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def first_tokens(tokenizer, texts, length):
-    """List of str -> the first `length` ids of each, the same as if the whole text were encoded, and much faster.
+    """List of str -> the first `length` ids of each: those of the whole text, without encoding all of it.
 
-    A cut can only change the piece it falls into (a tokenizer's words never join). So the ids of a cut text
-    count where they end before its last word; the few others are encoded whole.
+    Tokens never cross the borders of a tokenizer's words, so a cut changes the ids of its last word at most.
+    Where the wanted ids end before that word they are right; the few other texts are encoded whole.
     """
     heads = [text[: 16 * length] for text in texts]
     encoded = tokenizer(heads, add_special_tokens=False, split_special_tokens=True)
@@ -223,9 +230,9 @@ def first_tokens(tokenizer, texts, length):
 
 
 def load_prompts(name, split, tokenizer, length, order, limit=None):
-    """-> (n, P) LongTensor: the first P = `length` tokens of a split's reviews, shuffled by the Generator `order`.
+    """-> (n, P) LongTensor: the first P = `length` tokens of a split's reviews, shuffled by a Generator.
 
-    The data set is sorted by label, so without the shuffle the first n would all be negative.
+    The data set is sorted by label: without the shuffle the first n = `limit` would all be negative.
     Shorter reviews are left out and counted: prompts never need padding.
     """
     (texts,) = load_columns("--prompts", name, split, ["text"])
@@ -233,6 +240,6 @@ def load_prompts(name, split, tokenizer, length, order, limit=None):
     prompts = [ids for ids in first_tokens(tokenizer, shuffled, length) if len(ids) == length]
     if not prompts:
         raise UserError(f"--prompts {name}: no {split} review has {length} tokens; lower --prompt-len")
-    short = len(texts) - len(prompts)
-    print(f"{split} prompts: using {len(prompts[:limit])} of {len(texts)} reviews; {short} have fewer than {length} tokens")
-    return torch.tensor(prompts[:limit])
+    short, prompts = len(texts) - len(prompts), prompts[:limit]
+    print(f"{split} prompts: {len(prompts)} of {len(texts)} reviews; {short} have fewer than {length} tokens")
+    return torch.tensor(prompts)

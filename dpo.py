@@ -1,11 +1,11 @@
 """Section 4: Direct Preference Optimization (Rafailov et al., 2023).
 
-No sampling and no reward model in training: a positive and a negative completion of the same prompt, and a loss
-that widens the gap between their log-probabilities, measured from where the original model had it:
+No sampling and no reward model in training: a positive and a negative completion of the same prompt, and a
+loss that widens the gap between their log-probabilities, from where the original model had it:
 
     L = -log sigmoid( beta * ( log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x) ) )       (equation 7)
 
-Left out on purpose: label smoothing, length normalization, other losses of the family, a supervised first phase.
+Left out on purpose: label smoothing, length normalization, the family's other losses, supervised training.
 
     python dpo.py --beta 0.1 --out runs/course/beta-0.1
 """
@@ -26,14 +26,15 @@ COLUMNS = ("prompt", "positive_completion", "negative_completion")
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta):
-    """four (B,) -> (B,) losses, (B,) margins: Rafailov et al. (2023), equation 7. Log-probs are sums over tokens.
+    """Four (B,) -> (B,) losses, (B,) margins: Rafailov et al. (2023), equation 7.
 
-    The margin is beta times the log-ratio of the chosen minus that of the rejected completion, the logit of
-    "chosen is better". At policy = reference it is 0 and the loss ln 2, for any beta. ValueError if shapes differ.
+    Log-probs are sums over the completion's tokens, not means. The margin is the logit of "chosen is
+    better": beta times the difference of the two log-ratios; at policy = reference it is 0, and the loss
+    ln 2, for any beta. ValueError if the shapes differ.
     """
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     if any(other.shape != policy_chosen_logps.shape for other in logps):
-        raise ValueError(f"the log-probs' shapes differ: {', '.join(str(tuple(other.shape)) for other in logps)}")
+        raise ValueError(f"the four shapes differ: {', '.join(str(tuple(other.shape)) for other in logps)}")
     chosen_logratios = policy_chosen_logps - reference_chosen_logps
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
     margins = beta * (chosen_logratios - rejected_logratios)
@@ -47,10 +48,10 @@ class Pair(NamedTuple):
 
 
 def split_completions(prompts, chosen, rejected):
-    """three lists of str -> the same, each completion now exactly what follows its prompt, and how that was found.
+    """Three lists of str -> the same, each completion now just what follows its prompt; and how it was found.
 
-    Two layouts, decided once for all rows: completions that repeat the prompt lose it (a row that does not follow
-    gets None); others continue it as they stand, or after a space where the data set never writes one itself.
+    Two layouts, decided once for all rows. Completions that repeat the prompt lose it (None where a row does
+    not follow). Others continue it as they stand, or after a space if the data set never writes one itself.
     """
 
     def repeats(prompt, texts):
@@ -58,7 +59,7 @@ def split_completions(prompts, chosen, rejected):
 
     rows = list(zip(prompts, chosen, rejected, strict=True))
     if sum(repeats(prompt, texts) for prompt, *texts in rows) > len(rows) / 2:
-        cut = [[t.removeprefix(p) for t in texts] if repeats(p, texts) else [None, None] for p, *texts in rows]
+        cut = [[t[len(p) :] for t in texts] if repeats(p, texts) else [None, None] for p, *texts in rows]
         layout = "completions repeat their prompt, which is taken off"
     elif any(p[-1:].isspace() or c[:1].isspace() or r[:1].isspace() for p, c, r in rows):
         cut, layout = [texts for _, *texts in rows], "completions continue their prompt as they stand"
@@ -69,7 +70,7 @@ def split_completions(prompts, chosen, rejected):
 
 
 def make_pair(prompt, chosen, rejected, eos, max_len):
-    """Three lists of ids -> a Pair of at most max_len tokens a side; None without a prompt or a completion token.
+    """Three lists of ids -> a Pair of at most max_len tokens a side; None if a part would have no token.
 
     Truncation takes from the completion's end, and eos stands only where nothing was taken.
     """
@@ -80,9 +81,9 @@ def make_pair(prompt, chosen, rejected, eos, max_len):
 
 
 def load_pairs(name, tokenizer, eos, max_len):
-    """Hub name or local folder -> {"train": [Pair], "test": [Pair]}. Prompt and completion are encoded apart.
+    """Hub name or local folder -> {"train": [Pair], "test": [Pair]}. Prompt and completion are encoded apart:
 
-    Encoded together, a token could straddle the border, and no mask could tell prompt from completion.
+    encoded together, a token could straddle their border, and no mask could tell one from the other.
     """
     columns = {split: runs.load_columns("--pairs", name, split, COLUMNS) for split in ("train", "test")}
     sizes = [len(columns["train"][0]), len(columns["test"][0])]
@@ -93,16 +94,17 @@ def load_pairs(name, tokenizer, eos, max_len):
     splits = {"train": pairs[: sizes[0]], "test": pairs[sizes[0] :]}
     for split, rows in splits.items():
         splits[split] = [pair for pair in rows if pair]
-        print(f"{split} pairs: {len(splits[split])} of {len(rows)}; {rows.count(None)} keep no completion token")
+        out = f"{rows.count(None)} have no prompt or completion token left under --max-len"
+        print(f"{split} pairs: {len(splits[split])} of {len(rows)}; {out}")
         if not splits[split]:
-            raise runs.UserError(f"--pairs {name}: no {split} pair has two completions and a prompt below --max-len")
+            raise runs.UserError(f"--pairs {name}: no {split} pair is left; raise --max-len?")
     return splits
 
 
 def collate(pairs, device):
-    """list of B Pairs -> tokens (2B, T), attention (2B, T), mask (2B, N): the chosen rows, then the rejected ones.
+    """List of B Pairs -> tokens (2B, T), attention (2B, T), mask (2B, N): chosen rows, then rejected ones.
 
-    Prompts end and completions begin at the same column. The pad's id does not matter: attention and mask hide it.
+    All prompts end at the same column. The padding's id does not matter: attention and mask hide it.
     """
     prompts = [pair.prompt for pair in pairs] * 2
     completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -117,7 +119,7 @@ def collate(pairs, device):
 
 
 def pair_logps(model, pairs):
-    """list of B Pairs -> (B,), (B,): log p(completion | prompt) of the chosen and the rejected, in one forward."""
+    """List of B Pairs -> (B,), (B,): log p(completion | prompt), chosen and rejected, in one forward."""
     tokens, attention, mask = collate(pairs, model.device)
     logits = completion_logits(model, tokens, mask.shape[1], attention)  # (2B, N, V)
     logps = masked_sum(token_logps(logits, tokens[:, -mask.shape[1] :]), mask)  # (2B,)
@@ -126,9 +128,10 @@ def pair_logps(model, pairs):
 
 @torch.no_grad()
 def all_logps(model, pairs, batch_size, desc):
-    """list of n Pairs -> (n, 2) on the CPU: chosen and rejected log-probs, without a graph."""
+    """List of n Pairs -> (n, 2) on the CPU: chosen and rejected log-probs, without a graph."""
     starts = tqdm(range(0, len(pairs), batch_size), desc=desc, unit="batch", dynamic_ncols=True)
-    return torch.cat([torch.stack(pair_logps(model, pairs[i : i + batch_size]), dim=1).cpu() for i in starts])
+    batches = [pair_logps(model, pairs[start : start + batch_size]) for start in starts]
+    return torch.cat([torch.stack(batch, dim=1) for batch in batches]).cpu()
 
 
 def accuracy(margins):
@@ -145,7 +148,7 @@ def test(policy, pairs, reference_logps, run):
 
 
 def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
-    """Trains the policy in place on pairs["train"] -> the last test's numbers. reference_logps: split -> (n, 2)."""
+    """Trains the policy in place on pairs["train"] -> the last test's numbers; reference_logps[split]: (n, 2)."""
     args, device = run.args, policy.device
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     order = generator(args.seed, "train order")
@@ -158,9 +161,9 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
         loop = tqdm(shuffled.split(args.batch_size), desc=f"epoch {epoch}", unit="step", dynamic_ncols=True)
         for rows in loop:
             step, start = step + 1, time.perf_counter()
-            chosen_logps, rejected_logps = pair_logps(policy, [pairs["train"][row] for row in rows])  # (B,), (B,)
-            ref_chosen_logps, ref_rejected_logps = reference_logps["train"][rows].to(device).T  # (B,), (B,)
-            losses, margins = dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, args.beta)
+            logps = pair_logps(policy, [pairs["train"][row] for row in rows])  # (B,), (B,): chosen, rejected
+            ref_logps = reference_logps["train"][rows].to(device).T  # (2, B): the same of the reference
+            losses, margins = dpo_loss(*logps, *ref_logps, args.beta)  # (B,), (B,)
             loss = losses.mean()
 
             optimizer.zero_grad()
@@ -170,7 +173,7 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
 
             seconds = time.perf_counter() - start
             means = {"loss": loss, "accuracy": accuracy(margins), "margin": margins.mean()}
-            means |= {"chosen_logp": chosen_logps.mean(), "rejected_logp": rejected_logps.mean()}
+            means |= {"chosen_logp": logps[0].mean(), "rejected_logp": logps[1].mean()}
             means = {name: mean.item() for name, mean in means.items()}
             run.log(step=step, **means, grad_norm=grad_norm, seconds=seconds)
             loop.set_postfix(loss=f"{means['loss']:.4f}", accuracy=f"{means['accuracy']:.2f}")
@@ -184,9 +187,10 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
 
 def main(argv=None):
     flags = runs.training_flags(runs.parser(__doc__), batch_size=16, lr=5e-7, epochs=2)
-    flags.add_argument("--pairs", default=runs.COURSE["pairs"], help="pairs: hub name or local folder (%(default)s)")
-    flags.add_argument("--beta", type=runs.positive, default=0.1, help="how strongly the reference holds (%(default)s)")
-    flags.add_argument("--max-len", type=runs.count, default=128, help="tokens of prompt + completion (%(default)s)")
+    add = flags.add_argument
+    add("--pairs", default=runs.COURSE["pairs"], help="hub name or local folder (%(default)s)")
+    add("--beta", type=runs.positive, default=0.1, help="margin per nat of log-ratio (%(default)s)")
+    add("--max-len", type=runs.count, default=128, help="tokens of prompt + completion at most (%(default)s)")
     args = flags.parse_args(argv)
     run = runs.Run(args, "dpo.py")
     device = pick_device(args.device)

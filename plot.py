@@ -1,9 +1,9 @@
-"""Figures of all runs in a folder, from their metrics.jsonl; a run that is still going is drawn as far as it is.
+"""Figures of all runs in a folder, from their metrics.jsonl; an unfinished run is drawn as far as it is.
 
     python plot.py runs/course        # writes reinforce.png and dpo.png beside the runs
 
-reinforce.png: reward and KL of each batch against the step. dpo.png: training loss of each batch, the test loss
-after each epoch, and ln 2, where every DPO run starts. Faint: each step. Strong: mean over a window of steps.
+reinforce.png: reward and KL of each batch against the step. dpo.png: training loss of each batch, test loss
+after each epoch, and ln 2, where every DPO run starts. Faint: each step. Strong: mean over 25 steps.
 """
 
 import argparse
@@ -72,10 +72,8 @@ def main(argv=None):
     if not folder.is_dir():
         raise runs.UserError(f"there is no folder {folder}")
     found = {path.parent.name: runs.read_rows(path) for path in sorted(folder.glob("*/metrics.jsonl"))}
-    kinds = {
-        "reinforce.png": (reinforce_figure, {name: rows for name, rows in found.items() if rows and "kl" in rows[0]}),
-        "dpo.png": (dpo_figure, {name: rows for name, rows in found.items() if rows and "epoch" in rows[0]}),
-    }
+    having = {key: {name: rows for name, rows in found.items() if rows and key in rows[0]} for key in ("kl", "epoch")}
+    kinds = {"reinforce.png": (reinforce_figure, having["kl"]), "dpo.png": (dpo_figure, having["epoch"])}
     if not any(some for _, some in kinds.values()):
         raise runs.UserError(f"{folder} has no training run: no folder in it holds a metrics.jsonl with rows")
     for name, (figure_of, some) in kinds.items():

@@ -4,8 +4,8 @@ Samples a completion of each prompt, scores it with the classifier, and makes wh
 
     L' = L + alpha * KL(policy ‖ original),     L = -mean_b( r(x_b) * log p(x_b) )        (Williams 1992)
 
-alpha is in reward per nat of a whole completion. Left out on purpose: a critic, clipping, more than one step a
-sample, reward normalization (--advantage loo is the one variance reduction, and unbiased).
+alpha is in reward per nat of a whole completion. Left out on purpose: a critic, clipping, a second step on
+the same samples, reward normalization. --advantage loo is the one variance reduction, and unbiased.
 
     python reinforce.py --alpha 0    --out runs/course/alpha-0          # section 2
     python reinforce.py --alpha 0.02 --out runs/course/alpha-0.02       # section 3
@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import runs
 from common import (check_length, checked_grad_norm, completion_logits, completion_mask, decode, generator,
-                    load_policy, load_prompts, load_reference, masked_sum, pick_device, sample, token_kl, token_logps)
+                    load_policy, load_prompts, load_reference, masked_sum, pick_device, sample, token_kl,
+                    token_logps)
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples, positivity
 
 
@@ -27,11 +28,12 @@ def reinforce_loss(logps, mask, reward):
 
         L = -mean_b( reward_b * sum_t log p(token_bt) )       Williams (1992), the assignment's section 2
 
-    With a reward in [0, 1] it is never negative, and it can fall while the policy gets worse: watch the reward.
-    The reward is a number, not a function of the weights, hence the detach. ValueError if the shapes disagree.
+    With a reward in [0, 1] it is never negative, and it can fall while the policy gets worse: watch the
+    reward, which is a number, not a function of the weights, hence the detach. ValueError if shapes disagree.
     """
     if reward.shape != logps.shape[:1]:
-        raise ValueError(f"reward {tuple(reward.shape)} does not match logps {tuple(logps.shape)}: want (B,), (B, N)")
+        shapes = f"reward {tuple(reward.shape)} does not match logps {tuple(logps.shape)}"
+        raise ValueError(f"{shapes}: they must be (B,) and (B, N)")
     return -(reward.detach() * masked_sum(logps, mask)).mean()
 
 
@@ -47,7 +49,7 @@ def leave_one_out(reward):
 
 
 def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
-    """Trains the policy in place on prompts (n, P); the first few test prompts are what samples.jsonl follows."""
+    """Trains the policy in place on prompts (n, P); samples.jsonl follows the first few test prompts."""
     args, device = run.args, policy.device
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     order, noise = generator(args.seed, "train order"), generator(args.seed, "sampling", device)
@@ -76,8 +78,9 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
             optimizer.step()
 
             seconds = time.perf_counter() - start
-            means = {"loss": loss.item(), "reward": reward.mean().item(), "kl": kl.item(), "grad_norm": grad_norm}
-            run.log(step=step, **means, tokens_per_second=mask.sum().item() / seconds, seconds=seconds)
+            means = {"loss": loss.item(), "reward": reward.mean().item(), "kl": kl.item()}
+            speed = {"tokens_per_second": mask.sum().item() / seconds, "seconds": seconds}
+            run.log(step=step, **means, grad_norm=grad_norm, **speed)
             loop.set_postfix(reward=f"{means['reward']:.3f}", kl=f"{means['kl']:.2f}")
             if step % SAMPLE_EVERY == 0:
                 log_samples(policy, tokenizer, scorer, test_prompts, run, step)
@@ -85,8 +88,9 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
 
 def main(argv=None):
     flags = runs.training_flags(runs.parser(__doc__), batch_size=32, lr=1e-4, epochs=1)
-    flags.add_argument("--alpha", type=runs.not_negative, default=0.0, help="reward per nat of a whole completion (0)")
-    flags.add_argument("--advantage", choices=("reward", "loo"), default="reward", help="what weights log p (reward)")
+    add = flags.add_argument
+    add("--alpha", type=runs.not_negative, default=0.0, help="reward per nat of a whole completion (0)")
+    add("--advantage", choices=("reward", "loo"), default="reward", help="weight of log p (reward)")
     args = flags.parse_args(argv)
     run = runs.Run(args, "reinforce.py")
     device = pick_device(args.device)

@@ -1,10 +1,11 @@
 """Section 1: how positive are the reviews that a language model writes?
 
-A sentiment classifier's P(positive) of prompt + completion is the reward. evaluate() is shared with the training
-scripts: mean reward over the test split, KL to the original policy, and how varied the completions are.
+A sentiment classifier's P(positive) of prompt + completion is the reward. evaluate(), which the training
+scripts share, goes through the test split: mean reward, KL to the original policy, and how varied the
+completions are.
 
-    python reward.py --out runs/course/baseline                                  # the untouched policy
-    python reward.py --out runs/mine --policy runs/course/alpha-0.02/model       # any checkpoint against the original
+    python reward.py --out runs/course/baseline                             # the untouched policy
+    python reward.py --out runs/mine --policy runs/course/alpha-0.02/model  # any checkpoint
 """
 
 import itertools
@@ -16,8 +17,9 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 import runs
-from common import (check_length, completion_logits, completion_mask, decode, generator, load_model, load_policy,
-                    load_prompts, load_reference, load_tokenizer, masked_sum, pick_device, sample, token_kl, token_logps)
+from common import (check_length, completion_logits, completion_mask, decode, generator, load_model,
+                    load_policy, load_prompts, load_reference, load_tokenizer, masked_sum, pick_device, sample,
+                    token_kl, token_logps)
 
 SAMPLES = 5  # completions shown of every policy, always of the same prompts
 SAMPLE_EVERY = 50  # training steps between two looks at them
@@ -31,14 +33,15 @@ class Scorer(NamedTuple):
 
 
 def positive_index(id2label, wanted=None):
-    """{index: label name} -> the index of `wanted`, else of the one that is called positive. ValueError if unclear."""
+    """{index: label name} -> index of the label `wanted`, else of the positive one; ValueError if unclear."""
     names = {index: str(label).casefold() for index, label in id2label.items()}
     accepted = [wanted.casefold()] if wanted else ["positive", "pos"]
     if not wanted and sorted(names.values()) == ["label_0", "label_1"]:
         accepted = ["label_1"]  # the course's model
     found = [index for index, name in names.items() if name in accepted]
     if len(found) != 1:
-        raise ValueError(f"cannot tell which of the labels {', '.join(id2label.values())} is {wanted or 'positive'}")
+        labels = ", ".join(map(str, id2label.values()))
+        raise ValueError(f"cannot tell which of the labels {labels} is {wanted or 'positive'}")
     return found[0]
 
 
@@ -55,7 +58,7 @@ def load_scorer(name, device, positive_label=None, precision="fp32"):
 
 @torch.no_grad()
 def positivity(scorer, texts):
-    """list of B str -> (B,): the reward, P(positive) in [0, 1]. Texts are cut at the classifier's maximum length."""
+    """List of B str -> (B,): the reward, P(positive) in [0, 1]. Text over the classifier's length is cut."""
     longest = min(scorer.tokenizer.model_max_length, scorer.model.config.max_position_embeddings)
     options = {"padding": True, "truncation": True, "max_length": longest, "split_special_tokens": True}
     inputs = scorer.tokenizer(texts, return_tensors="pt", **options).to(scorer.model.device)
@@ -63,17 +66,18 @@ def positivity(scorer, texts):
 
 
 def distinct_2(completions):
-    """list of str -> share of the bigrams, pooled over all completions, that are different ones; None without any."""
+    """List of str -> different bigrams / bigrams, over all completions; None if there is none."""
     pairs = [pair for text in completions for pair in itertools.pairwise(text.split())]
     return len(set(pairs)) / len(pairs) if pairs else None
 
 
 @torch.no_grad()
 def evaluate(policy, reference, tokenizer, scorer, prompts, run):
-    """Samples a completion of each prompt (n, P) -> dict for eval.json; writes completions.jsonl. The policy is kept.
+    """Samples a completion of each prompt (n, P) -> dict for eval.json; writes completions.jsonl.
 
-    reward, kl: means over the n prompts, reward_se, kl_se their standard errors. kl is the exact per-token
-    KL(policy ‖ reference), summed over a completion: nats per completion. mean_length: tokens, the eos included.
+    reward and kl are means over the n prompts, reward_se and kl_se their standard errors. kl is the exact
+    KL(policy ‖ reference) at each token, summed over the completion: nats per completion. mean_length counts
+    tokens, the eos too.
     """
     start, device, args = time.perf_counter(), policy.device, run.args
     noise = generator(args.seed, "evaluation", device)
@@ -88,7 +92,8 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
         reward = positivity(scorer, texts)  # (B,)
 
         logits = completion_logits(policy, tokens, args.completion_len)  # (B, N, V)
-        ref_logits = logits if reference is policy else completion_logits(reference, tokens, args.completion_len)
+        same = reference is policy  # section 1: nothing to compute twice
+        ref_logits = logits if same else completion_logits(reference, tokens, args.completion_len)
         columns = {
             "reward": reward,
             "kl": masked_sum(token_kl(logits, ref_logits), mask),
@@ -122,25 +127,26 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
 
 
 def log_samples(policy, tokenizer, scorer, prompts, run, step):
-    """Continues the first few prompts with the same random numbers each time: rewards alone hide a collapse."""
+    """Continues the first few prompts with the same noise each time: rewards alone hide a collapse."""
     noise = generator(run.args.seed, "samples", policy.device)
     tokens = sample(policy, prompts[:SAMPLES].to(policy.device), run.args.completion_len, noise)
     rewards = positivity(scorer, decode(tokenizer, tokens)).tolist()
     texts = [decode(tokenizer, part) for part in tokens.tensor_split([prompts.shape[1]], dim=1)]
-    rows = [{"step": step, "prompt": p, "completion": c, "reward": r} for p, c, r in zip(*texts, rewards, strict=True)]
+    keys = ("prompt", "completion", "reward")
+    rows = [{"step": step, **dict(zip(keys, row, strict=True))} for row in zip(*texts, rewards, strict=True)]
     run.samples(rows)
     tqdm.write(f"step {step}, reward {rewards[0]:.2f}: {rows[0]['prompt']!r} -> {rows[0]['completion']!r}")
 
 
 def mean_and_error(values):
-    """list of float -> their mean and its standard error; None for the error of a single value."""
+    """List of float -> their mean and its standard error; None for the error of a single value."""
     values = torch.tensor(values, dtype=torch.float64)
     error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
     return values.mean().item(), error
 
 
 def load_test_prompts(args, tokenizer):
-    """The test prompts in an order that no flag changes, so that --eval-limit n is the same n in every run."""
+    """The test prompts in an order that no flag changes: --eval-limit n is the same n in every run."""
     order = generator(0, "test order")
     return load_prompts(args.prompts, "test", tokenizer, args.prompt_len, order, args.eval_limit)
 
@@ -152,7 +158,9 @@ def main(argv=None):
     policy, tokenizer = load_policy(args.policy, device, args.precision)
     check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len")
     original = args.reference or runs.COURSE["policy"]
-    reference = policy if original == args.policy else load_reference(original, policy, device, args.precision)
+    reference = policy
+    if original != args.policy:
+        reference = load_reference(original, policy, device, args.precision)
     scorer = load_scorer(args.reward_model, device, args.positive_label, args.precision)
     prompts = load_test_prompts(args, tokenizer)
 

@@ -40,7 +40,7 @@ def launch(main):
     except UserError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; the run has no eval.json: it is unfinished", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; a run without eval.json is unfinished", file=sys.stderr)
         sys.exit(130)
 
 
@@ -56,7 +56,7 @@ def keep_freed_memory():
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never shrink it
 
 
-# ---- flags -------------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------------
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -90,16 +90,16 @@ def parser(description):
     add("--overwrite", action="store_true", help="replace a finished run in --out")
     add("--seed", type=number(int, 0), default=0, help="whole number that all random draws come from (0)")
     add("--device", help="cuda, mps or cpu (the best of these that is there)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the models' matrix products (%(default)s)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products (%(default)s)")
     add("--policy", default=COURSE["policy"], help="language model: hub name or local folder (%(default)s)")
-    add("--reference", help="original model that the KL is measured to (reward.py: the course's; training: --policy)")
-    add("--reward-model", default=COURSE["reward_model"], help="classifier: hub name or local folder (%(default)s)")
+    add("--reference", help="original model, for the KL (reward.py: the course's; else --policy)")
+    add("--reward-model", default=COURSE["reward_model"], help="classifier: name or folder (%(default)s)")
     add("--positive-label", help="the classifier's name for positive (found by itself)")
     add("--prompts", default=COURSE["prompts"], help="reviews: hub name or local folder (%(default)s)")
     add("--prompt-len", type=count, default=10, metavar="P", help="prompt tokens (%(default)s)")
     add("--completion-len", type=count, default=20, metavar="N", help="sampled tokens (%(default)s)")
     add("--eval-limit", type=count, metavar="n", help="use the first n test rows only (all)")
-    add("--eval-batch-size", type=count, metavar="B", help="rows a batch without gradients (256 on cuda, else 64)")
+    add("--eval-batch-size", type=count, metavar="B", help="rows a batch of the evaluation (256 on cuda, else 64)")
     return flags
 
 
@@ -113,7 +113,7 @@ def training_flags(flags, batch_size, lr, epochs):
     return flags
 
 
-# ---- the run folder ----------------------------------------------------------------------------------------------
+# ---- the run folder ----------------------------------------------------------------------------------------
 
 
 class Run:
@@ -124,7 +124,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {self.folder} is a file; give a folder")
         if (self.folder / "eval.json").exists() and not args.overwrite:
-            raise UserError(f"--out {self.folder} holds a finished run; give another folder, or add --overwrite")
+            raise UserError(f"--out {self.folder} holds a finished run; give another folder or --overwrite")
         if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.json").exists():
             raise UserError(f"--out {self.folder} is not empty and no run's folder; give another one")
 
@@ -133,13 +133,13 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in ("eval.json", "metrics.jsonl", "samples.jsonl", "completions.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)  # eval.json first: from here on the run is unfinished
+                (self.folder / name).unlink(missing_ok=True)  # eval.json first: now it is unfinished
             shutil.rmtree(self.folder / "model", ignore_errors=True)
-            flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.args).items()}
+            flags = {**vars(self.args), "out": str(self.folder)}
             versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
             versions["python"] = platform.python_version()
-            about = {"script": self.script, "flags": flags, "versions": versions, "device": device, "commit": commit()}
-            write_whole(self.folder / "config.json", to_json(about, indent=2))
+            about = {"script": self.script, "flags": flags, "versions": versions, "device": device}
+            write_whole(self.folder / "config.json", to_json({**about, "commit": commit()}, indent=2))
         except OSError as error:
             raise UserError(f"--out {self.folder} cannot be written: {error.strerror}") from None
 
@@ -162,8 +162,8 @@ class Run:
 
     def finish(self, **results):
         write_whole(self.folder / "eval.json", to_json(results, indent=2))
-        shown = {name: "-" if results[name] is None else f"{results[name]:.4g}" for name in SUMMARY if name in results}
-        print(f"{self.folder}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+        shown = [f"{name} {results[name]:.4g}" for name in SUMMARY if results.get(name) is not None]
+        print(f"{self.folder}: {', '.join(shown)}")
 
 
 def to_json(value, **options):
@@ -186,7 +186,7 @@ def write_whole(path, text):
 
 
 def read_rows(path):
-    """The rows of a .jsonl file; the last line of a run that was cut off may be half a row, and is left out."""
+    """The rows of a .jsonl file; the last line of a run that was cut off may be half a row: left out."""
     rows = []
     with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
         for line in file:
@@ -203,12 +203,12 @@ def commit():
         return found.stdout.strip() or None
 
 
-# ---- what comes from outside -------------------------------------------------------------------------------------
+# ---- what comes from outside -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def loading(flag, name, kind):
-    """Around a library's loading call: checks a local path first, and turns whatever goes wrong into one line."""
+    """Around a library's loading call: checks a local path first; whatever goes wrong becomes one line."""
     import huggingface_hub  # here, so that importing this file stays cheap
     import transformers
 
@@ -229,7 +229,7 @@ def loading(flag, name, kind):
 
 
 def load_columns(flag, name, split, columns):
-    """The named text columns of a data set's split (hub name or local folder), as lists of str of the same length."""
+    """The named text columns of a data set's split (hub name or local folder): lists of str."""
     import datasets
 
     with loading(flag, name, "a data set"):
@@ -244,5 +244,6 @@ def load_columns(flag, name, split, columns):
     for column, values in zip(columns, texts, strict=True):
         for row, value in enumerate(values):
             if not isinstance(value, str):
-                raise UserError(f"{flag} {name}, split {split}, row {row}, column {column}: {value!r} is not a text")
+                where = f"split {split}, row {row}, column {column}"
+                raise UserError(f"{flag} {name}, {where}: {value!r} is not a text")
     return texts

