@@ -60,7 +60,7 @@ def split_completions(prompts, chosen, rejected):
     rows = list(zip(prompts, chosen, rejected, strict=True))
     if sum(repeats(prompt, texts) for prompt, *texts in rows) > len(rows) / 2:
         cut = [[t[len(p) :] for t in texts] if repeats(p, texts) else [None, None] for p, *texts in rows]
-        layout = "completions repeat their prompt, which is taken off"
+        layout = f"completions repeat their prompt, which is taken off; {cut.count([None, None])} rows do not"
     elif any(p[-1:].isspace() or c[:1].isspace() or r[:1].isspace() for p, c, r in rows):
         cut, layout = [texts for _, *texts in rows], "completions continue their prompt as they stand"
     else:
@@ -81,16 +81,17 @@ def make_pair(prompt, chosen, rejected, eos, max_len):
 
 
 def load_pairs(name, tokenizer, eos, max_len):
-    """Hub name or local folder -> {"train": [Pair], "test": [Pair]}. Prompt and completion are encoded apart:
+    """Hub name or local folder -> {"train": [Pair], "test": [Pair]}.
 
-    encoded together, a token could straddle their border, and no mask could tell one from the other.
+    Prompt and completion are encoded apart: a token of the joined text could straddle their border, and no
+    mask could then tell one from the other.
     """
     columns = {split: runs.load_columns("--pairs", name, split, COLUMNS) for split in ("train", "test")}
     sizes = [len(columns["train"][0]), len(columns["test"][0])]
     *texts, layout = split_completions(*(columns["train"][c] + columns["test"][c] for c in range(3)))
+    print(f"pairs: {layout}")
     ids = [encode(tokenizer, [text or "" for text in column]) for column in texts]
     pairs = [make_pair(*row, eos, max_len) for row in zip(*ids, strict=True)]
-    print(f"pairs: {layout}")
     splits = {"train": pairs[: sizes[0]], "test": pairs[sizes[0] :]}
     for split, rows in splits.items():
         splits[split] = [pair for pair in rows if pair]

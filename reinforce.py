@@ -90,7 +90,7 @@ def main(argv=None):
     flags = runs.training_flags(runs.parser(__doc__), batch_size=32, lr=1e-4, epochs=1)
     add = flags.add_argument
     add("--alpha", type=runs.not_negative, default=0.0, help="reward per nat of a whole completion (0)")
-    add("--advantage", choices=("reward", "loo"), default="reward", help="weight of log p (reward)")
+    add("--advantage", choices=("reward", "loo"), default="reward", help="log p is weighted with it (reward)")
     args = flags.parse_args(argv)
     run = runs.Run(args, "reinforce.py")
     device = pick_device(args.device)

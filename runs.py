@@ -23,9 +23,7 @@ COURSE = {  # the names that the course uses on the model hub
     "prompts": "stanfordnlp/imdb",
     "pairs": "hallisky/synthetic-imdb-movie-reviews-parallel",
 }
-
-
-SUMMARY = ("reward", "reward_se", "n", "kl", "distinct_2", "test_loss", "test_accuracy")
+SUMMARY = ("reward", "reward_se", "n", "kl", "distinct_2", "test_loss", "test_accuracy")  # said at a run's end
 
 
 class UserError(Exception):
@@ -134,7 +132,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in ("eval.json", "metrics.jsonl", "samples.jsonl", "completions.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)  # eval.json first: now it is unfinished
-            shutil.rmtree(self.folder / "model", ignore_errors=True)
+            for name in ("model", "model.unfinished"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
             flags = {**vars(self.args), "out": str(self.folder)}
             versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
             versions["python"] = platform.python_version()
@@ -162,7 +161,7 @@ class Run:
 
     def finish(self, **results):
         write_whole(self.folder / "eval.json", to_json(results, indent=2))
-        shown = [f"{name} {results[name]:.4g}" for name in SUMMARY if results.get(name) is not None]
+        shown = [f"{name} {results[name]:.5g}" for name in SUMMARY if results.get(name) is not None]
         print(f"{self.folder}: {', '.join(shown)}")
 
 
