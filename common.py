@@ -1,12 +1,12 @@
 """Tokens in, log-probabilities out: what REINFORCE and DPO share.
 
-Left out on purpose: trainers, collators, top-k, temperature, dropout. One alphabet in all files:
+Left out on purpose: trainers, hidden collators, top-k, temperature, dropout. One alphabet in all files:
 B rows, P prompt tokens, N completion tokens, T = P + N, V vocabulary. Prompts are padded on the left,
-completions on the right, so that every completion starts at column P and column j is completion token j:
+completions on the right, so that every completion starts at column P. One row, and its mask:
 
     . p0 p1 | n0 n1 eos .     tokens (B, T), attention 0 at the dots
          ^                    the logits at column P-1 forecast n0
-              1  1  1   0     mask (B, N)
+              1  1  1   0     mask (B, N), column j is completion token j
 """
 
 import zlib
@@ -111,18 +111,19 @@ def sample(model, prompts, length, generator=None):
 def draw(logits, generator=None):
     """(B, V) -> (B,): a word of each row, with probability softmax(logits).
 
-    One uniform number a row, looked up in the cumulative distribution: word v owns the stretch from the sum
-    before it to the sum with it, so a word of probability 0 owns nothing and is never drawn. Where logits
-    are nan the draw means nothing: the loss is nan too, and stops the run.
+    One uniform number a row, looked up in the cumulative distribution: word v owns the interval between the
+    sums without and with it, so a word of probability 0 owns nothing and is never drawn. Where logits are
+    nan the draw means nothing; what follows is nan too, and stops the run.
     """
     cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
     uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)  # in [0, 1)
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
-    return drawn.clamp(max=logits.shape[-1] - 1)
+    return drawn.clamp(max=logits.shape[-1] - 1)  # only nan gets there
 
 
-def generator(seed, use, device="cpu"):
+def seeded(seed, use, device="cpu"):
     """A torch.Generator for one use ("sampling", "train order"), so that no use disturbs another."""
+    # crc32 and not hash(), which differs from process to process.
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {use}".encode()))
 
 
@@ -135,7 +136,7 @@ def checked_grad_norm(step, loss, model):
     norm = torch.nn.utils.get_total_norm(gradients)
     for name, value in (("loss", loss), ("gradient's norm", norm)):
         if not torch.isfinite(value):
-            advice = "the metrics up to here are kept, the weights are not; try a lower --lr"
+            advice = "metrics.jsonl is kept, no model is saved; try a lower --lr"
             raise UserError(f"step {step}: the {name} is {value.item()}; {advice}")
     return norm.item()
 
@@ -147,7 +148,7 @@ def pick_device(name):
     """The torch.device called `name`; None: cuda if there is one, else mps, else cpu."""
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     there = [kind for kind in kinds if kinds[kind]]
-    if name and name.split(":")[0] not in there:
+    if name and name not in there:
         raise UserError(f"--device {name} is not here; this machine has {', '.join(there)}")
     return torch.device(name or there[0])
 
@@ -164,14 +165,14 @@ def load_tokenizer(flag, name):
 def load_model(auto_class, kind, flag, name, device, precision):
     """A model with fp32 weights, in eval mode: no dropout, not in sampling and not in training.
 
-    precision "bf16" runs the matrix products in bf16; weights, softmaxes and losses are fp32 in any case.
+    precision "bf16" runs its matrix products in bf16; weights and losses are fp32 in any case.
     """
     with loading(flag, name, kind):
         model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:  # the library would fill them with random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(f"{flag} {name} is not {kind}: its checkpoint has no {missing}")
-    if precision == "bf16":
+    if precision == "bf16":  # from here on, a call of the model is a call under autocast
         model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
     return model.eval().to(device)
 
@@ -184,6 +185,8 @@ def load_policy(name, device, precision="fp32"):
         raise UserError(f"--policy {name}: its tokenizer has {len(tokenizer)} words, the model fewer")
     if model.config.eos_token_id is None:
         model.config.eos_token_id = tokenizer.eos_token_id
+    if not isinstance(model.config.eos_token_id, int):
+        raise UserError(f"--policy {name}: config.json needs one number as eos_token_id")
     return model, tokenizer
 
 
@@ -193,7 +196,7 @@ def load_reference(name, policy, device, precision="fp32"):
     if reference.config.vocab_size != policy.config.vocab_size:
         sizes = f"{reference.config.vocab_size} words, the policy {policy.config.vocab_size}"
         raise UserError(f"--reference {name} has a vocabulary of {sizes}: there is no KL between them")
-    return reference.requires_grad_(False)
+    return reference
 
 
 def check_length(model, length, flags):
@@ -216,17 +219,13 @@ def decode(tokenizer, tokens):
 def first_tokens(tokenizer, texts, length):
     """List of str -> the first `length` ids of each: those of the whole text, without encoding all of it.
 
-    Tokens never cross the borders of a tokenizer's words, so a cut changes the ids of its last word at most.
-    Where the wanted ids end before that word they are right; the few other texts are encoded whole.
+    A text is cut where a space begins, and no token spans that border: tokens begin with their space.
+    Where the cut text has too few tokens, the whole is encoded.
     """
-    heads = [text[: 16 * length] for text in texts]
-    encoded = tokenizer(heads, add_special_tokens=False, split_special_tokens=True)
-    ids = []
-    for row, (head, text) in enumerate(zip(heads, texts, strict=True)):
-        found, words = encoded["input_ids"][row], encoded.word_ids(row)
-        cut_short = len(head) < len(text) and (len(found) <= length or words[length - 1] == words[-1])
-        ids.append((encode(tokenizer, [text])[0] if cut_short else found)[:length])
-    return ids
+    cut = 16 * length  # characters: nearly always enough
+    heads = [text if len(text) <= cut else text[:cut].rpartition(" ")[0].rstrip() for text in texts]
+    pairs = zip(encode(tokenizer, heads), texts, strict=True)
+    return [(ids if len(ids) >= length else encode(tokenizer, [text])[0])[:length] for ids, text in pairs]
 
 
 def load_prompts(name, split, tokenizer, length, order, limit=None):

@@ -1,7 +1,7 @@
 """Section 4: Direct Preference Optimization (Rafailov et al., 2023).
 
-No sampling and no reward model in training: a positive and a negative completion of the same prompt, and a
-loss that widens the gap between their log-probabilities, from where the original model had it:
+No sampling and no reward model, except to watch: a positive and a negative completion of the same prompt,
+and a loss that widens the gap between their log-probabilities, from where the original model had it:
 
     L = -log sigmoid( beta * ( log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x) ) )       (equation 7)
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import runs
-from common import (check_length, checked_grad_norm, completion_logits, encode, generator, load_policy,
+from common import (check_length, checked_grad_norm, completion_logits, encode, seeded, load_policy,
                     load_reference, masked_sum, pick_device, token_logps)
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples
 
@@ -33,8 +33,10 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     ln 2, for any beta. ValueError if the shapes differ.
     """
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    if any(other.shape != policy_chosen_logps.shape for other in logps):
-        raise ValueError(f"the four shapes differ: {', '.join(str(tuple(other.shape)) for other in logps)}")
+    if logps[0].dim() != 1 or any(other.shape != logps[0].shape for other in logps):
+        shapes = ", ".join(str(tuple(other.shape)) for other in logps)
+        names = "policy_chosen, policy_rejected, reference_chosen, reference_rejected"
+        raise ValueError(f"{names}_logps must all be (B,), not {shapes}")
     chosen_logratios = policy_chosen_logps - reference_chosen_logps
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
     margins = beta * (chosen_logratios - rejected_logratios)
@@ -48,25 +50,23 @@ class Pair(NamedTuple):
 
 
 def split_completions(prompts, chosen, rejected):
-    """Three lists of str -> the same, each completion now just what follows its prompt; and how it was found.
+    """Three lists of str -> chosen, rejected, now just what follows the prompt, and a sentence on the layout.
 
-    Two layouts, decided once for all rows. Completions that repeat the prompt lose it (None where a row does
+    Two layouts, decided once for all rows. Completions that repeat the prompt lose it ("" where a row does
     not follow). Others continue it as they stand, or after a space if the data set never writes one itself.
     """
-
-    def repeats(prompt, texts):
-        return all(text.startswith(prompt) for text in texts)
-
     rows = list(zip(prompts, chosen, rejected, strict=True))
-    if sum(repeats(prompt, texts) for prompt, *texts in rows) > len(rows) / 2:
-        cut = [[t[len(p) :] for t in texts] if repeats(p, texts) else [None, None] for p, *texts in rows]
-        layout = f"completions repeat their prompt, which is taken off; {cut.count([None, None])} rows do not"
+    repeats = [c.startswith(p) and r.startswith(p) for p, c, r in rows]
+    if sum(repeats) > len(rows) / 2:
+        rows = [(p, c.removeprefix(p), r.removeprefix(p)) for p, c, r in rows]
+        rows = [row if repeat else ("", "", "") for row, repeat in zip(rows, repeats, strict=True)]
+        layout = "completions repeat their prompt, which is taken off"
     elif any(p[-1:].isspace() or c[:1].isspace() or r[:1].isspace() for p, c, r in rows):
-        cut, layout = [texts for _, *texts in rows], "completions continue their prompt as they stand"
+        layout = "completions continue their prompt as they stand"
     else:
-        cut = [[" " + text if text else "" for text in texts] for _, *texts in rows]
+        rows = [(p, c and " " + c, r and " " + r) for p, c, r in rows]
         layout = "no text has a space where prompt and completion meet, so one is put in"
-    return prompts, [c for c, _ in cut], [r for _, r in cut], layout
+    return [c for _, c, _ in rows], [r for _, _, r in rows], layout
 
 
 def make_pair(prompt, chosen, rejected, eos, max_len):
@@ -86,19 +86,19 @@ def load_pairs(name, tokenizer, eos, max_len):
     Prompt and completion are encoded apart: a token of the joined text could straddle their border, and no
     mask could then tell one from the other.
     """
-    columns = {split: runs.load_columns("--pairs", name, split, COLUMNS) for split in ("train", "test")}
-    sizes = [len(columns["train"][0]), len(columns["test"][0])]
-    *texts, layout = split_completions(*(columns["train"][c] + columns["test"][c] for c in range(3)))
+    train, test = (runs.load_columns("--pairs", name, split, COLUMNS) for split in ("train", "test"))
+    prompts, chosen, rejected = (train[column] + test[column] for column in range(3))
+    chosen, rejected, layout = split_completions(prompts, chosen, rejected)
     print(f"pairs: {layout}")
-    ids = [encode(tokenizer, [text or "" for text in column]) for column in texts]
+    ids = [encode(tokenizer, texts) for texts in (prompts, chosen, rejected)]
     pairs = [make_pair(*row, eos, max_len) for row in zip(*ids, strict=True)]
-    splits = {"train": pairs[: sizes[0]], "test": pairs[sizes[0] :]}
+    splits = {"train": pairs[: len(train[0])], "test": pairs[len(train[0]) :]}
     for split, rows in splits.items():
         splits[split] = [pair for pair in rows if pair]
-        out = f"{rows.count(None)} have no prompt or completion token left under --max-len"
-        print(f"{split} pairs: {len(splits[split])} of {len(rows)}; {out}")
+        why = "an empty text, another layout, or no room under --max-len"
+        print(f"{split} pairs: {len(splits[split])} of {len(rows)}; {rows.count(None)} left out ({why})")
         if not splits[split]:
-            raise runs.UserError(f"--pairs {name}: no {split} pair is left; raise --max-len?")
+            raise runs.UserError(f"--pairs {name}: no {split} pair is left: each has {why}")
     return splits
 
 
@@ -140,22 +140,24 @@ def accuracy(margins):
     return (margins > 0).float().mean() + (margins == 0).float().mean() / 2
 
 
-def test(policy, pairs, reference_logps, run):
-    """Loss, accuracy and margin over the test pairs, by the names that eval.json has for them."""
+def on_test_pairs(policy, pairs, reference_logps, run):
+    """Loss, accuracy and margin over the test pairs, with the names they have in eval.json."""
     logps = all_logps(policy, pairs, run.args.batch_size, "test pairs")
     losses, margins = dpo_loss(*logps.T, *reference_logps.T, run.args.beta)
+    if not losses.isfinite().all():
+        raise runs.UserError("a test pair's loss is not finite: the policy is broken; try a lower --lr")
     means = {"test_loss": losses.mean(), "test_accuracy": accuracy(margins), "test_margin": margins.mean()}
     return {name: mean.item() for name, mean in means.items()}
 
 
 def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
-    """Trains the policy in place on pairs["train"] -> the last test's numbers; reference_logps[split]: (n, 2)."""
+    """Trains the policy in place on pairs["train"]; reference_logps[split]: (n, 2) -> the last test's numbers."""
     args, device = run.args, policy.device
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    order = generator(args.seed, "train order")
+    order = seeded(args.seed, "train order")
     step = 0
     log_samples(policy, tokenizer, scorer, test_prompts, run, step)
-    tested = test(policy, pairs["test"], reference_logps["test"], run)
+    tested = on_test_pairs(policy, pairs["test"], reference_logps["test"], run)
     run.log(epoch=0, **tested)
     for epoch in range(1, args.epochs + 1):
         shuffled = torch.randperm(len(pairs["train"]), generator=order)
@@ -173,14 +175,13 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
             optimizer.step()
 
             seconds = time.perf_counter() - start
-            means = {"loss": loss, "accuracy": accuracy(margins), "margin": margins.mean()}
-            means |= {"chosen_logp": logps[0].mean(), "rejected_logp": logps[1].mean()}
-            means = {name: mean.item() for name, mean in means.items()}
-            run.log(step=step, **means, grad_norm=grad_norm, seconds=seconds)
-            loop.set_postfix(loss=f"{means['loss']:.4f}", accuracy=f"{means['accuracy']:.2f}")
+            run.log(step=step, loss=loss.item(), accuracy=accuracy(margins).item(), margin=margins.mean().item(),
+                    chosen_logp=logps[0].mean().item(), rejected_logp=logps[1].mean().item(), grad_norm=grad_norm,
+                    seconds=seconds)
+            loop.set_postfix(loss=f"{loss.item():.4f}", accuracy=f"{accuracy(margins).item():.2f}")
             if step % SAMPLE_EVERY == 0:
                 log_samples(policy, tokenizer, scorer, test_prompts, run, step)
-        tested = test(policy, pairs["test"], reference_logps["test"], run)
+        tested = on_test_pairs(policy, pairs["test"], reference_logps["test"], run)
         run.log(epoch=epoch, **tested)
         tqdm.write(f"epoch {epoch}: test loss {tested['test_loss']:.4f}, accuracy {tested['test_accuracy']:.3f}")
     return tested
@@ -201,7 +202,7 @@ def main(argv=None):
     reference = load_reference(args.reference or args.policy, policy, device, args.precision)
     scorer = load_scorer(args.reward_model, device, args.positive_label, args.precision)
     pairs = load_pairs(args.pairs, tokenizer, policy.config.eos_token_id, args.max_len)
-    subset = torch.randperm(len(pairs["train"]), generator=generator(args.seed, "train subset"))[: args.limit]
+    subset = torch.randperm(len(pairs["train"]), generator=seeded(args.seed, "train subset"))[: args.limit]
     pairs = {"train": [pairs["train"][row] for row in subset], "test": pairs["test"][: args.eval_limit]}
     test_prompts = load_test_prompts(args, tokenizer)
 

@@ -66,7 +66,7 @@ def dpo_figure(found):
 
 
 def main(argv=None):
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = runs.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("folder", type=Path, help="the folder that holds the runs")
     folder = flags.parse_args(argv).folder
     if not folder.is_dir():

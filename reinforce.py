@@ -4,8 +4,9 @@ Samples a completion of each prompt, scores it with the classifier, and makes wh
 
     L' = L + alpha * KL(policy ‖ original),     L = -mean_b( r(x_b) * log p(x_b) )        (Williams 1992)
 
-alpha is in reward per nat of a whole completion. Left out on purpose: a critic, clipping, a second step on
-the same samples, reward normalization. --advantage loo is the one variance reduction, and unbiased.
+alpha is how much reward a nat of KL, summed over a completion, costs. Left out on purpose: a critic,
+clipping, a second step on the same samples, reward normalization. --advantage loo is the one variance
+reduction, and unbiased.
 
     python reinforce.py --alpha 0    --out runs/course/alpha-0          # section 2
     python reinforce.py --alpha 0.02 --out runs/course/alpha-0.02       # section 3
@@ -17,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import runs
-from common import (check_length, checked_grad_norm, completion_logits, completion_mask, decode, generator,
+from common import (check_length, checked_grad_norm, completion_logits, completion_mask, decode, seeded,
                     load_policy, load_prompts, load_reference, masked_sum, pick_device, sample, token_kl,
                     token_logps)
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples, positivity
@@ -29,16 +30,17 @@ def reinforce_loss(logps, mask, reward):
         L = -mean_b( reward_b * sum_t log p(token_bt) )       Williams (1992), the assignment's section 2
 
     With a reward in [0, 1] it is never negative, and it can fall while the policy gets worse: watch the
-    reward, which is a number, not a function of the weights, hence the detach. ValueError if shapes disagree.
+    reward instead. The reward is a number, not a function of the weights, so it is detached. ValueError if
+    the shapes disagree.
     """
-    if reward.shape != logps.shape[:1]:
+    if logps.dim() != 2 or reward.shape != logps.shape[:1]:
         shapes = f"reward {tuple(reward.shape)} does not match logps {tuple(logps.shape)}"
         raise ValueError(f"{shapes}: they must be (B,) and (B, N)")
     return -(reward.detach() * masked_sum(logps, mask)).mean()
 
 
 def leave_one_out(reward):
-    """(B,) -> (B,): each reward minus the mean of the batch's others (0 for a row alone).
+    """(B,) -> (B,): each reward minus the mean of the batch's others (a row alone keeps its reward).
 
     A baseline that does not depend on the row's own sample keeps the gradient's mean and cuts its variance.
     The mean of all B would not do: it holds the row's own reward and shrinks the gradient by (B-1)/B.
@@ -52,7 +54,7 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
     """Trains the policy in place on prompts (n, P); samples.jsonl follows the first few test prompts."""
     args, device = run.args, policy.device
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    order, noise = generator(args.seed, "train order"), generator(args.seed, "sampling", device)
+    order, noise = seeded(args.seed, "train order"), seeded(args.seed, "sampling", device)
     step = 0
     log_samples(policy, tokenizer, scorer, test_prompts, run, step)
     for epoch in range(1, args.epochs + 1):
@@ -78,10 +80,9 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
             optimizer.step()
 
             seconds = time.perf_counter() - start
-            means = {"loss": loss.item(), "reward": reward.mean().item(), "kl": kl.item()}
-            speed = {"tokens_per_second": mask.sum().item() / seconds, "seconds": seconds}
-            run.log(step=step, **means, grad_norm=grad_norm, **speed)
-            loop.set_postfix(reward=f"{means['reward']:.3f}", kl=f"{means['kl']:.2f}")
+            run.log(step=step, loss=loss.item(), reward=reward.mean().item(), kl=kl.item(), grad_norm=grad_norm,
+                    tokens_per_second=mask.sum().item() / seconds, seconds=seconds)
+            loop.set_postfix(reward=f"{reward.mean().item():.3f}", kl=f"{kl.item():.2f}")
             if step % SAMPLE_EVERY == 0:
                 log_samples(policy, tokenizer, scorer, test_prompts, run, step)
 
@@ -89,8 +90,9 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
 def main(argv=None):
     flags = runs.training_flags(runs.parser(__doc__), batch_size=32, lr=1e-4, epochs=1)
     add = flags.add_argument
-    add("--alpha", type=runs.not_negative, default=0.0, help="reward per nat of a whole completion (0)")
-    add("--advantage", choices=("reward", "loo"), default="reward", help="log p is weighted with it (reward)")
+    add("--alpha", type=runs.not_negative, default=0.0, help="reward that a nat of KL costs (0)")
+    advantage = "weight of log p: the reward, or what it has over the others' mean (%(default)s)"
+    add("--advantage", choices=("reward", "loo"), default="reward", help=advantage)
     args = flags.parse_args(argv)
     run = runs.Run(args, "reinforce.py")
     device = pick_device(args.device)
@@ -98,7 +100,7 @@ def main(argv=None):
     check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len")
     reference = load_reference(args.reference or args.policy, policy, device, args.precision)
     scorer = load_scorer(args.reward_model, device, args.positive_label, args.precision)
-    order = generator(args.seed, "train subset")
+    order = seeded(args.seed, "train subset")
     prompts = load_prompts(args.prompts, "train", tokenizer, args.prompt_len, order, args.limit)
     test_prompts = load_test_prompts(args, tokenizer)
 

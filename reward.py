@@ -9,6 +9,7 @@ completions are.
 """
 
 import itertools
+import math
 import time
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 import runs
-from common import (check_length, completion_logits, completion_mask, decode, generator, load_model,
+from common import (check_length, completion_logits, completion_mask, decode, seeded, load_model,
                     load_policy, load_prompts, load_reference, load_tokenizer, masked_sum, pick_device, sample,
                     token_kl, token_logps)
 
@@ -47,8 +48,7 @@ def positive_index(id2label, wanted=None):
 
 def load_scorer(name, device, positive_label=None, precision="fp32"):
     """Hub name or local folder of a sentiment classifier -> Scorer."""
-    wanted = (AutoModelForSequenceClassification, "a classifier", "--reward-model")
-    model = load_model(*wanted, name, device, precision).requires_grad_(False)
+    model = load_model(AutoModelForSequenceClassification, "a classifier", "--reward-model", name, device, precision)
     try:
         positive = positive_index(model.config.id2label, positive_label)
     except ValueError as error:
@@ -59,7 +59,7 @@ def load_scorer(name, device, positive_label=None, precision="fp32"):
 @torch.no_grad()
 def positivity(scorer, texts):
     """List of B str -> (B,): the reward, P(positive) in [0, 1]. Text over the classifier's length is cut."""
-    longest = min(scorer.tokenizer.model_max_length, scorer.model.config.max_position_embeddings)
+    longest = min(scorer.tokenizer.model_max_length, getattr(scorer.model.config, "max_position_embeddings", 512))
     options = {"padding": True, "truncation": True, "max_length": longest, "split_special_tokens": True}
     inputs = scorer.tokenizer(texts, return_tensors="pt", **options).to(scorer.model.device)
     return scorer.model(**inputs).logits.float().softmax(dim=-1)[:, scorer.positive]
@@ -80,7 +80,7 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
     tokens, the eos too.
     """
     start, device, args = time.perf_counter(), policy.device, run.args
-    noise = generator(args.seed, "evaluation", device)
+    noise = seeded(args.seed, "evaluation", device)
     batch_size = args.eval_batch_size or (256 if device.type == "cuda" else 64)
     batches = tqdm(prompts.split(batch_size), desc="evaluate", unit="batch", dynamic_ncols=True)
     rows, total = [], 0.0
@@ -95,22 +95,25 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
         same = reference is policy  # section 1: nothing to compute twice
         ref_logits = logits if same else completion_logits(reference, tokens, args.completion_len)
         columns = {
-            "reward": reward,
-            "kl": masked_sum(token_kl(logits, ref_logits), mask),
-            "logp": masked_sum(token_logps(logits, completions), mask),
-            "reference_logp": masked_sum(token_logps(ref_logits, completions), mask),
-            "length": mask.sum(dim=-1),
+            "prompt": decode(tokenizer, batch),
+            "completion": decode(tokenizer, completions),
+            "text": texts,
+            "reward": reward.tolist(),
+            "kl": masked_sum(token_kl(logits, ref_logits), mask).tolist(),
+            "logp": masked_sum(token_logps(logits, completions), mask).tolist(),
+            "reference_logp": masked_sum(token_logps(ref_logits, completions), mask).tolist(),
+            "length": mask.sum(dim=-1).tolist(),
         }
-        prompt_texts, completion_texts = decode(tokenizer, batch), decode(tokenizer, completions)
-        for b, numbers in enumerate(zip(*(column.tolist() for column in columns.values()), strict=True)):
-            texts_of_row = {"prompt": prompt_texts[b], "completion": completion_texts[b], "text": texts[b]}
-            rows.append({"number": len(rows), **texts_of_row, **dict(zip(columns, numbers, strict=True))})
+        for row in zip(*columns.values(), strict=True):
+            rows.append({"number": len(rows), **dict(zip(columns, row, strict=True))})
         total += reward.sum().item()
         batches.set_postfix(reward=f"{total / len(rows):.4f}")
 
-    run.completions(rows)
     reward, reward_se = mean_and_error([row["reward"] for row in rows])
     kl, kl_se = mean_and_error([row["kl"] for row in rows])
+    if not math.isfinite(reward + kl):
+        raise runs.UserError(f"the test reward is {reward}, the KL {kl}: the policy is broken; try a lower --lr")
+    run.completions(rows)
     counted = [row["completion"] for row in rows[:DISTINCT_TEXTS]]
     return {
         "reward": reward,
@@ -128,14 +131,13 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
 
 def log_samples(policy, tokenizer, scorer, prompts, run, step):
     """Continues the first few prompts with the same noise each time: rewards alone hide a collapse."""
-    noise = generator(run.args.seed, "samples", policy.device)
+    noise = seeded(run.args.seed, "samples", policy.device)
     tokens = sample(policy, prompts[:SAMPLES].to(policy.device), run.args.completion_len, noise)
     rewards = positivity(scorer, decode(tokenizer, tokens)).tolist()
-    texts = [decode(tokenizer, part) for part in tokens.tensor_split([prompts.shape[1]], dim=1)]
-    keys = ("prompt", "completion", "reward")
-    rows = [{"step": step, **dict(zip(keys, row, strict=True))} for row in zip(*texts, rewards, strict=True)]
-    run.samples(rows)
-    tqdm.write(f"step {step}, reward {rewards[0]:.2f}: {rows[0]['prompt']!r} -> {rows[0]['completion']!r}")
+    starts, ends = decode(tokenizer, tokens[:, : prompts.shape[1]]), decode(tokenizer, tokens[:, prompts.shape[1] :])
+    for start, end, reward in zip(starts, ends, rewards, strict=True):
+        run.sample(step=step, prompt=start, completion=end, reward=reward)
+    tqdm.write(f"step {step}, reward {rewards[0]:.2f}: {starts[0]!r} -> {ends[0]!r}")
 
 
 def mean_and_error(values):
@@ -147,7 +149,7 @@ def mean_and_error(values):
 
 def load_test_prompts(args, tokenizer):
     """The test prompts in an order that no flag changes: --eval-limit n is the same n in every run."""
-    order = generator(0, "test order")
+    order = seeded(0, "test order")
     return load_prompts(args.prompts, "test", tokenizer, args.prompt_len, order, args.eval_limit)
 
 

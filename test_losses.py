@@ -97,7 +97,7 @@ def test_masked_sum_never_reads_what_the_mask_hides():
 
 def test_completion_logits_stand_in_the_column_of_the_token_they_forecast(model):
     # The oracle: the model's own loss on the whole row, one row at a time, on the 4 last of 9 tokens.
-    tokens = torch.randint(1, 11, (3, 9), generator=common.generator(0, "test"))
+    tokens = torch.randint(1, 11, (3, 9), generator=common.seeded(0, "test"))
     found = common.token_logps(common.completion_logits(model, tokens, 4), tokens[:, 5:])
     assert found.shape == (3, 4)
     for row, logps in zip(tokens, found, strict=True):
@@ -112,7 +112,7 @@ def test_completion_logits_stand_in_the_column_of_the_token_they_forecast(model)
 def test_draw_has_exactly_the_probabilities_of_the_softmax():
     # 40,000 draws of (1/2, 1/4, 1/8, 1/16, 0, 1/16): each count within 4 standard deviations of n p, 0 for p = 0.
     probabilities = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 16, 0.0, 1 / 16])
-    drawn = common.draw(probabilities.log().repeat(40_000, 1) + 5, common.generator(0, "test"))
+    drawn = common.draw(probabilities.log().repeat(40_000, 1) + 5, common.seeded(0, "test"))
     counts = torch.bincount(drawn, minlength=6)
     spread = (40_000 * probabilities * (1 - probabilities)).sqrt()
     assert ((counts - 40_000 * probabilities).abs() <= 4 * spread).all(), counts
@@ -129,9 +129,10 @@ def test_draw_reaches_both_ends_and_never_a_word_of_probability_zero(monkeypatch
 def test_draw_stays_inside_a_vocabulary_of_gpt2s_size(monkeypatch, seed):
     # 50,257 rounded probabilities do not add up to 1; the number that is looked up must still fall below their sum.
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 1 - 2**-24))
-    logits = torch.randn(4, 50_257, generator=common.generator(seed, "test")) * 3
-    assert common.draw(logits).max() < 50_257
-    logits[:, -1] = 20.0  # nearly all the probability on the last word
+    logits = torch.randn(4, 50_257, generator=common.seeded(seed, "test")) * 3
+    logits[:, -1] = -math.inf  # the last word that can be drawn is the last but one
+    assert common.draw(logits).max() < 50_256
+    logits[:, -1] = 20.0  # now nearly all the probability is on the last word
     assert common.draw(logits).tolist() == [50_256] * 4
 
 
@@ -143,8 +144,8 @@ def test_sample_draws_from_the_same_distribution_that_is_scored(model):
     """
 
     def z(shift=0, temperature=1.0):
-        prompts = torch.randint(1, 11, (2000, 3), generator=common.generator(0, "prompts"))
-        tokens = common.sample(model, prompts, 8, common.generator(0, "sampling"))
+        prompts = torch.randint(1, 11, (2000, 3), generator=common.seeded(0, "prompts"))
+        tokens = common.sample(model, prompts, 8, common.seeded(0, "sampling"))
         mask = common.completion_mask(tokens[:, 3:], EOS)
         with torch.no_grad():
             logits = common.completion_logits(model, tokens, 8).roll(shift, dims=1) * temperature
@@ -158,12 +159,12 @@ def test_sample_draws_from_the_same_distribution_that_is_scored(model):
 
 
 def test_sample_with_its_cache_equals_a_loop_that_feeds_everything_again(model):
-    prompts = torch.randint(1, 11, (5, 3), generator=common.generator(1, "prompts"))
-    noise, tokens = common.generator(1, "sampling"), prompts
+    prompts = torch.randint(1, 11, (5, 3), generator=common.seeded(1, "prompts"))
+    noise, tokens = common.seeded(1, "sampling"), prompts
     with torch.no_grad():
         for _ in range(12):
             tokens = torch.cat([tokens, common.draw(model(tokens).logits[:, -1], noise)[:, None]], dim=1)
-    found = common.sample(model, prompts, 12, common.generator(1, "sampling"))
+    found = common.sample(model, prompts, 12, common.seeded(1, "sampling"))
     mask = common.completion_mask(tokens[:, 3:], EOS)
     assert not mask.all()  # a row ends early, or the next line would test less than it says
     assert found[:, 3:].tolist() == tokens[:, 3:].masked_fill(~mask, EOS).tolist()
@@ -183,9 +184,9 @@ def test_sample_keeps_its_width_when_every_row_ends_at_once(model):
 
 
 def test_generators_of_one_seed_differ_by_use_and_repeat_by_name():
-    first, again, other = (torch.rand(4, generator=common.generator(3, use)) for use in ("a", "a", "b"))
+    first, again, other = (torch.rand(4, generator=common.seeded(3, use)) for use in ("a", "a", "b"))
     assert first.tolist() == again.tolist() != other.tolist()
-    assert first.tolist() != torch.rand(4, generator=common.generator(4, "a")).tolist()
+    assert first.tolist() != torch.rand(4, generator=common.seeded(4, "a")).tolist()
 
 
 # ---- REINFORCE ---------------------------------------------------------------------------------------------
@@ -213,6 +214,11 @@ def test_reinforce_loss_sends_no_gradient_into_the_reward():
 def test_reinforce_loss_refuses_a_reward_that_would_broadcast(shape):
     with pytest.raises(ValueError, match=r"reward \(.*\) does not match logps \(2, 3\)"):
         reinforce.reinforce_loss(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.ones(shape))
+
+
+def test_reinforce_loss_refuses_logps_without_a_batch():
+    with pytest.raises(ValueError, match=r"reward \(3,\) does not match logps \(3,\)"):
+        reinforce.reinforce_loss(torch.zeros(3), torch.ones(3, dtype=torch.bool), torch.ones(3))
 
 
 def test_reinforce_gradient_is_on_average_minus_the_gradient_of_the_expected_reward():
@@ -251,7 +257,7 @@ def test_kl_gradient_is_that_of_the_policys_exact_kl():
 
 
 def test_kl_of_a_policy_to_itself_is_zero_and_never_negative():
-    noise = common.generator(0, "test")
+    noise = common.seeded(0, "test")
     logits, ref_logits = torch.randn(2, 4, 5, 300, generator=noise) * 3
     assert reinforce.token_kl(logits, logits).abs().max() == 0
     assert reinforce.token_kl(logits, ref_logits).min() > 0
@@ -265,8 +271,11 @@ def test_kl_counts_a_word_that_the_policy_never_says_as_zero():
 
 
 def test_kl_takes_the_softmax_of_bf16_logits_in_fp32_and_refuses_other_shapes():
+    # p = (1, 0, 0, ...) against 256 equal words: 8 bits. In bf16, log 256 = 5.5452 would be 5.5625.
     flat = torch.zeros(1, 1, 256, dtype=torch.bfloat16)
-    assert reinforce.token_kl(flat, flat).dtype == torch.float32
+    sure = torch.full_like(flat, -math.inf)
+    sure[..., 0] = 0
+    assert reinforce.token_kl(sure, flat).item() == pytest.approx(8 * BIT, abs=1e-6)
     with pytest.raises(ValueError, match=r"ref_logits \(1, 1, 256\) do not match logits \(1, 2, 256\)"):
         reinforce.token_kl(flat.expand(1, 2, 256), flat)
 
@@ -307,9 +316,11 @@ def test_dpo_loss_is_finite_where_log_of_sigmoid_is_not():
     assert losses.item() == pytest.approx(800.0)
 
 
-def test_dpo_loss_refuses_shapes_that_would_broadcast():
-    with pytest.raises(ValueError, match=r"shapes differ: \(2,\), \(2,\), \(2,\), \(2, 1\)"):
+def test_dpo_loss_refuses_shapes_that_would_broadcast_and_logps_that_are_not_summed():
+    with pytest.raises(ValueError, match=r"all be \(B,\), not \(2,\), \(2,\), \(2,\), \(2, 1\)"):
         dpo.dpo_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), torch.zeros(2, 1), 0.1)
+    with pytest.raises(ValueError, match=r"all be \(B,\), not \(2, 3\), \(2, 3\)"):
+        dpo.dpo_loss(*torch.zeros(4, 2, 3), 0.1)
 
 
 def test_accuracy_counts_a_tie_one_half():
@@ -317,24 +328,24 @@ def test_accuracy_counts_a_tie_one_half():
 
 
 def test_completions_that_repeat_the_prompt_lose_it():
-    prompts, chosen, rejected, layout = dpo.split_completions(
-        ["I saw", "We saw", "It is"], ["I saw it.", "We saw it.", "is good"], ["I saw no.", "We saw no.", "It is bad"]
-    )
-    assert "repeat" in layout and prompts == ["I saw", "We saw", "It is"]
-    assert chosen == [" it.", " it.", None]  # the third row follows no layout: its completion can't be told
-    assert rejected == [" no.", " no.", None]
+    prompts = ["I saw", "We saw", "It is"]
+    texts = ["I saw it.", "We saw it.", "is good"], ["I saw no.", "We saw no.", "It is bad"]
+    chosen, rejected, layout = dpo.split_completions(prompts, *texts)
+    assert "repeat" in layout
+    assert chosen == [" it.", " it.", ""]  # the third row follows no layout: its completion can't be told
+    assert rejected == [" no.", " no.", ""]
 
 
 def test_completions_that_bring_their_own_space_stand_as_they_are():
     for texts in ([" good", ", good"], [" bad", "bad"]), (["good", "fine"], ["bad", " bad"]):
-        _, chosen, rejected, layout = dpo.split_completions(["I saw", "We saw"], *texts)
+        chosen, rejected, layout = dpo.split_completions(["I saw", "We saw"], *texts)
         assert "as they stand" in layout and [chosen, rejected] == [texts[0], texts[1]]
-    _, chosen, _, layout = dpo.split_completions(["I saw ", "We saw"], ["it", "it"], ["no", "no"])
+    chosen, _, layout = dpo.split_completions(["I saw ", "We saw"], ["it", "it"], ["no", "no"])
     assert "as they stand" in layout and chosen == ["it", "it"]
 
 
 def test_a_space_is_put_in_where_the_data_never_has_one():
-    _, chosen, rejected, layout = dpo.split_completions(["I saw", "We saw"], ["good", ""], ["bad", "bad"])
+    chosen, rejected, layout = dpo.split_completions(["I saw", "We saw"], ["good", ""], ["bad", "bad"])
     assert "put in" in layout and chosen == [" good", ""] and rejected == [" bad", " bad"]
 
 
