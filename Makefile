@@ -1,6 +1,6 @@
 # The course in one command:  make baseline reinforce dpo
 # A target is a result file: what is there is not run again, what was cut off starts anew. Other settings go to
-# another folder:  make reinforce RUNS=runs/short FLAGS="--limit 640 --eval-limit 640"
+# another folder:  make reinforce RUNS=runs/short FLAGS="--limit 1600 --eval-limit 320"
 
 RUNS = runs/course
 ALPHA = 0.02

@@ -51,6 +51,8 @@ def token_kl(logits, ref_logits):
 def completion_mask(completions, eos):
     """(B, N), int -> (B, N) bool: true up to and including the first eos.
 
+        completions  7 eos 9 eos  ->  1 1 0 0       (eos_before: 0 0 1 1)
+
     From positions, not `tokens != pad`: GPT-2 pads with eos, and the choice to stop must be trained too.
     """
     is_eos = completions == eos
@@ -71,8 +73,9 @@ def masked_sum(values, mask):
 def completion_logits(model, tokens, length, attention=None):
     """(B, T) -> (B, N, V): the logits that forecast the last N = `length` tokens, aligned with them.
 
-    The forecast of token t stands at column t-1, so the last token is never fed. The big product with the
-    vocabulary is done for these N columns only. Padded rows need `attention` (B, T), 0 at the padding.
+    The forecast of token t stands at column t-1: columns 0 .. T-2 are fed, and the last N outputs kept, so
+    the big product with the vocabulary is done for these only. Prompts that are padded on the left need
+    `attention` (B, T), 0 at the padding. What follows a row's eos on the right is seen by nothing before it.
     """
     positions = None
     if attention is not None:  # GPT-2 would count the padding on the left as positions
@@ -117,7 +120,8 @@ def draw(logits, generator=None):
     """
     cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
     uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)  # in [0, 1)
-    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    target = uniform * cumulative[:, -1:]  # in fp32 the probabilities add up to nearly 1 only
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)  # the first word whose sum is above
     return drawn.clamp(max=logits.shape[-1] - 1)  # only nan gets there
 
 

@@ -105,7 +105,8 @@ def load_pairs(name, tokenizer, eos, max_len):
 def collate(pairs, device):
     """List of B Pairs -> tokens (2B, T), attention (2B, T), mask (2B, N): chosen rows, then rejected ones.
 
-    All prompts end at the same column. The padding's id does not matter: attention and mask hide it.
+    All prompts end at the same column. The padding's id does not matter: attention and mask hide it. The
+    mask is the attention of the completion's columns: its eos is a token like any other.
     """
     prompts = [pair.prompt for pair in pairs] * 2
     completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -166,7 +167,7 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
             step, start = step + 1, time.perf_counter()
             logps = pair_logps(policy, [pairs["train"][row] for row in rows])  # (B,), (B,): chosen, rejected
             ref_logps = reference_logps["train"][rows].to(device).T  # (2, B): the same of the reference
-            losses, margins = dpo_loss(*logps, *ref_logps, args.beta)  # (B,), (B,)
+            losses, margins = dpo_loss(*logps, *ref_logps, args.beta)  # policy's two, reference's two
             loss = losses.mean()
 
             optimizer.zero_grad()
@@ -184,6 +185,8 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
         tested = on_test_pairs(policy, pairs["test"], reference_logps["test"], run)
         run.log(epoch=epoch, **tested)
         tqdm.write(f"epoch {epoch}: test loss {tested['test_loss']:.4f}, accuracy {tested['test_accuracy']:.3f}")
+    if step % SAMPLE_EVERY:
+        log_samples(policy, tokenizer, scorer, test_prompts, run, step)  # the last look
     return tested
 
 
@@ -191,7 +194,7 @@ def main(argv=None):
     flags = runs.training_flags(runs.parser(__doc__), batch_size=16, lr=5e-7, epochs=2)
     add = flags.add_argument
     add("--pairs", default=runs.COURSE["pairs"], help="hub name or local folder (%(default)s)")
-    add("--beta", type=runs.positive, default=0.1, help="margin per nat of log-ratio (%(default)s)")
+    add("--beta", type=runs.positive, default=0.1, help="hold of the original: larger moves less (%(default)s)")
     add("--max-len", type=runs.count, default=128, help="tokens of prompt + completion at most (%(default)s)")
     args = flags.parse_args(argv)
     run = runs.Run(args, "dpo.py")

@@ -3,7 +3,8 @@
     python plot.py runs/course        # writes reinforce.png and dpo.png beside the runs
 
 reinforce.png: reward and KL of each batch against the step. dpo.png: training loss of each batch, test loss
-after each epoch, and ln 2, where every DPO run starts. Faint: each step. Strong: mean over 25 steps.
+after each epoch, and ln 2, where every DPO run starts. Faint: each step. Strong: mean over 25 steps, or fewer
+in a short run.
 """
 
 import argparse
@@ -23,8 +24,8 @@ WINDOW = 25  # steps in the running mean
 
 
 def running_mean(steps, values, window=WINDOW):
-    """Mean over each full window, with the step in the window's middle; shorter runs use a shorter window."""
-    window = min(window, len(values))
+    """Mean over each full window, with the step in the window's middle; short runs have a shorter window."""
+    window = max(1, min(window, len(values) // 4))
     means = np.convolve(values, np.ones(window) / window, mode="valid")
     return np.convolve(steps, np.ones(window) / window, mode="valid"), means
 

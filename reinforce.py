@@ -29,7 +29,7 @@ def reinforce_loss(logps, mask, reward):
 
         L = -mean_b( reward_b * sum_t log p(token_bt) )       Williams (1992), the assignment's section 2
 
-    With a reward in [0, 1] it is never negative, and it can fall while the policy gets worse: watch the
+    With rewards in [0, 1] it is never negative, and it can fall while the policy gets worse: watch the
     reward instead. The reward is a number, not a function of the weights, so it is detached. ValueError if
     the shapes disagree.
     """
@@ -85,12 +85,14 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
             loop.set_postfix(reward=f"{reward.mean().item():.3f}", kl=f"{kl.item():.2f}")
             if step % SAMPLE_EVERY == 0:
                 log_samples(policy, tokenizer, scorer, test_prompts, run, step)
+    if step % SAMPLE_EVERY:
+        log_samples(policy, tokenizer, scorer, test_prompts, run, step)  # the last look
 
 
 def main(argv=None):
     flags = runs.training_flags(runs.parser(__doc__), batch_size=32, lr=1e-4, epochs=1)
     add = flags.add_argument
-    add("--alpha", type=runs.not_negative, default=0.0, help="reward that a nat of KL costs (0)")
+    add("--alpha", type=runs.not_negative, default=0.0, help="reward that a nat of a completion's KL costs (0)")
     advantage = "weight of log p: the reward, or what it has over the others' mean (%(default)s)"
     add("--advantage", choices=("reward", "loo"), default="reward", help=advantage)
     args = flags.parse_args(argv)

@@ -78,7 +78,7 @@ def parser(description):
     add("--overwrite", action="store_true", help="replace a finished run in --out")
     add("--seed", type=number(int, 0), default=0, help="whole number that all random draws come from (0)")
     add("--device", choices=("cuda", "mps", "cpu"), help="where to compute (the first of these that is there)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products (%(default)s)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the models' arithmetic (%(default)s)")
     add("--policy", default=COURSE["policy"], help="language model: hub name or local folder (%(default)s)")
     add("--reference", help="original model for the KL (reward.py: the course's; training: --policy)")
     add("--reward-model", default=COURSE["reward_model"], help="classifier: name or folder (%(default)s)")
@@ -86,9 +86,9 @@ def parser(description):
     add("--prompts", default=COURSE["prompts"], help="reviews: hub name or local folder (%(default)s)")
     add("--prompt-len", type=count, default=10, metavar="P", help="prompt tokens (%(default)s)")
     add("--completion-len", type=count, default=20, metavar="N", help="sampled tokens (%(default)s)")
-    add("--limit", type=count, metavar="n", help="train on n rows, chosen by --seed; nothing to reward.py (all)")
-    add("--eval-limit", type=count, metavar="n", help="use the first n test rows only (all)")
-    add("--eval-batch-size", type=count, metavar="B", help="rows a batch of the evaluation (256 on cuda, else 64)")
+    add("--limit", type=count, metavar="n", help="train on n rows, chosen by --seed; reward.py trains on none (all)")
+    add("--eval-limit", type=count, metavar="n", help="test on the first n prompts, and pairs (all)")
+    add("--eval-batch-size", type=count, metavar="B", help="prompts a batch of the evaluation (256 on cuda, else 64)")
     return flags
 
 
@@ -229,7 +229,9 @@ def loading(flag, name, kind):
         yield
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0][:300] or type(error).__name__
-        advice = "" if folder else ": no such folder here; check the name and the network, or give a local folder"
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        advice = f": no such folder here; check the name and the network{offline}, or give a local folder"
+        advice = advice if isinstance(error, OSError) and not folder else ""  # other errors: it was found, but is wrong
         raise UserError(f"{flag} {name} cannot be loaded as {kind}{advice} ({reason})") from error
     finally:
         logging.disable(logging.NOTSET)

@@ -183,7 +183,7 @@ def test_sample_keeps_its_width_when_every_row_ends_at_once(model):
     assert common.sample(Ends(), torch.tensor([[3, 4], [5, 6]]), 3).tolist() == [[3, 4, 0, 0, 0], [5, 6, 0, 0, 0]]
 
 
-def test_generators_of_one_seed_differ_by_use_and_repeat_by_name():
+def test_seeded_generators_differ_by_use_and_repeat_by_name():
     first, again, other = (torch.rand(4, generator=common.seeded(3, use)) for use in ("a", "a", "b"))
     assert first.tolist() == again.tolist() != other.tolist()
     assert first.tolist() != torch.rand(4, generator=common.seeded(4, "a")).tolist()

@@ -47,7 +47,9 @@ WORDS = sorted({word for text in REVIEWS for word in text.replace(",", "").repla
 def save_policy(folder):
     """A random GPT-2 with a byte-level tokenizer; eos is <|endoftext|>, and nothing is called pad."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = dict.fromkeys((word[:i], word[i]) for name in WORDS for word in ("Ġ" + name,) for i in range(1, len(word)))
+    spaced = ["Ġ" + word for word in (*WORDS, "unforgettableness")]  # Ġ is a space; each of these is one token
+    merges = dict.fromkeys((word[:i], word[i]) for word in spaced for i in range(1, len(word)))
+    merges |= dict.fromkeys(("Ġ" * n, "Ġ" * n) for n in (1, 2, 4, 8, 16))  # and so are runs of 2, 4, ... 32 spaces
     vocabulary = ["<|endoftext|>", *letters, *("".join(merge) for merge in merges)]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, list(merges)))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -167,7 +169,7 @@ def test_the_reinforce_run_folder(finished):
     assert all(list(row) == keys for row in metrics)
     assert metrics[0]["kl"] < 1e-5 and metrics[-1]["kl"] > metrics[0]["kl"]
     assert json.loads((folder / "eval.json").read_text())["kl"] > 0
-    assert [row["step"] for row in rows_of(folder / "samples.jsonl")] == [0] * 5
+    assert [row["step"] for row in rows_of(folder / "samples.jsonl")] == [0] * 5 + [3] * 5
 
 
 def test_the_dpo_run_folder(finished):
@@ -283,8 +285,9 @@ def test_figures_are_drawn_of_whatever_is_there(finished, tmp_path, capsys):
 
 
 def test_running_mean_stands_in_the_middle_of_its_window():
-    steps, means = plot.running_mean([1, 2, 3, 4], [0.0, 1.0, 2.0, 6.0], window=2)
-    assert steps.tolist() == [1.5, 2.5, 3.5] and means.tolist() == [0.5, 1.5, 4.0]
+    steps, means = plot.running_mean([1, 2, 3, 4, 5, 6, 7, 8], [0.0, 1, 2, 6, 0, 0, 4, 0], window=2)
+    assert steps.tolist() == [1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5] and means.tolist() == [0.5, 1.5, 4, 3, 0, 2, 2]
+    assert plot.running_mean([1, 2], [3.0, 4.0])[1].tolist() == [3, 4]  # a short run: no mean, but a line
 
 
 # ---- texts, tokens, rewards --------------------------------------------------------------------------------
@@ -294,8 +297,8 @@ def test_prompt_ids_are_those_of_the_whole_text(world):
     tokenizer = common.load_tokenizer("--policy", str(world / "policy"))
     texts = [*REVIEWS, "x" * 500 + " the film", "the film" + " " * 300 + "was good", "é" * 90, "", "is" * 400]
     texts += ["the film <|endoftext|> was good and our hero is a joy" * 9, "don't " * 60, "🎬 " * 50, "a\nb\t c"]
-    # 16 characters, where a text is cut for one token: inside a word, inside spaces, at a contraction.
-    texts += ["Unforgettableness of it all", "the         " * 9, "the           film's", "  \n  \t   \n      film was"]
+    # A text is cut after 16 characters for each token: here inside a word, inside spaces, at a contraction.
+    texts += [" unforgettableness of it all", " the" + " " * 40 + "film", " the           film's", " \n \t \n    film"]
     texts += ["é" * 15 + " film" * 9, " " * 40 + "film", "film\u00a0was \u2003good  indeed" * 9]
     for length in (1, 2, 3, 10):
         whole = [common.encode(tokenizer, [text])[0][:length] for text in texts]
