@@ -1,6 +1,6 @@
 """The mathematics against values computed by hand. Probabilities are powers of 1/2, so answers are whole bits.
 
-Every test was seen to fail when the thing it names was broken. No network, no files, a few seconds.
+No network, no files, a few seconds.
 """
 
 import math
