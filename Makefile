@@ -1,4 +1,4 @@
-# The course in one command:  make baseline reinforce dpo
+# Everything in minutes, offline:  make demo          The course:  make baseline reinforce dpo
 # A target is a result file: what is there is not run again, what was cut off starts anew. Other settings go to
 # another folder:  make reinforce RUNS=runs/short FLAGS="--limit 1600 --eval-limit 320"
 
@@ -17,6 +17,28 @@ FLAGS =
 REINFORCE_FLAGS =
 DPO_FLAGS =
 
+# The demo: the same runs in the small world of toy.py, with lengths and learning rates that suit it, and with
+# leave-one-out: on the raw reward it is chance which word alpha 0 ends in. MORE="alpha-0.3 beta-0.5" adds runs.
+ifneq ($(filter demo,$(MAKECMDGOALS)),)
+RUNS = runs/toy
+ALPHA = 0.1
+BETA = 0.1
+WORLD = build/toy
+POLICY = $(WORLD)/policy
+REWARD_MODEL = $(WORLD)/reward_model
+PROMPTS = $(WORLD)/prompts
+PAIRS = $(WORLD)/pairs
+LENGTHS = --prompt-len 10 --completion-len 20
+SUITED_REINFORCE = --advantage loo --batch-size 32 --lr 5e-4
+SUITED_DPO = --batch-size 16 --lr 5e-5 --max-len 128
+ifneq ($(filter baseline reinforce dpo plot,$(MAKECMDGOALS)),)
+$(error make demo goes alone: it makes its own runs, and other targets would get its settings)
+endif
+endif
+NEEDED = $(VENV) $(addsuffix /world.json,$(WORLD))
+DEMO = $(patsubst %,$(RUNS)/%/eval.json,baseline alpha-0 alpha-$(ALPHA) beta-$(BETA) $(MORE))
+MISSING := $(filter-out $(wildcard $(DEMO)),$(DEMO))
+
 # Without PYTHON=..., make builds an environment of its own in .venv; with it, that interpreter is used as it is.
 ifeq ($(origin PYTHON),undefined)
 PYTHON := .venv/bin/python
@@ -30,13 +52,16 @@ endif
 
 flag = $(if $2,$1 "$2")
 MODELS = $(call flag,--policy,$(POLICY)) $(call flag,--reference,$(POLICY)) \
-         $(call flag,--reward-model,$(REWARD_MODEL)) $(call flag,--prompts,$(PROMPTS))
+         $(call flag,--reward-model,$(REWARD_MODEL)) $(call flag,--prompts,$(PROMPTS)) $(LENGTHS)
 
-.PHONY: help baseline reinforce dpo plot venv test lint clean
-.SECONDARY:
+.PHONY: help demo baseline reinforce dpo plot venv test lint clean
+.PRECIOUS: $(WORLD)/world.json
 
 help: ## list the targets (this)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(RUNS)/summary.txt ## the whole lesson in a small world made here: offline, minutes, two cores
+	@$(if $(MISSING),,cat $<; echo; echo "Nothing had to be run: all is in $(RUNS). Anew: rm -r $(RUNS)")
 
 baseline: $(RUNS)/baseline/eval.json ## section 1: evaluate the untouched policy
 
@@ -49,20 +74,28 @@ dpo: $(RUNS)/beta-$(BETA)/eval.json ## section 4: DPO
 plot: | $(VENV) ## figures of the runs in RUNS, finished or not
 	$(PYTHON) plot.py $(RUNS)
 
-$(RUNS)/baseline/eval.json: | $(VENV)
+$(RUNS)/baseline/eval.json: | $(NEEDED)
 	$(PYTHON) reward.py $(MODELS) $(FLAGS) --out $(@D)
 
 # A folder's name is its settings: alpha-0.02, loo-0.02 (leave-one-out), beta-0.25, beta-0.1-lr-5e-5.
 settings = $(subst -lr-, --lr ,$*)
 
-$(RUNS)/alpha-%/eval.json: | $(VENV)
-	$(PYTHON) reinforce.py --alpha $(settings) $(MODELS) $(FLAGS) $(REINFORCE_FLAGS) --out $(@D)
+$(RUNS)/alpha-%/eval.json: | $(NEEDED)
+	$(PYTHON) reinforce.py $(MODELS) $(SUITED_REINFORCE) --alpha $(settings) $(FLAGS) $(REINFORCE_FLAGS) --out $(@D)
 
-$(RUNS)/loo-%/eval.json: | $(VENV)
-	$(PYTHON) reinforce.py --advantage loo --alpha $(settings) $(MODELS) $(FLAGS) $(REINFORCE_FLAGS) --out $(@D)
+$(RUNS)/loo-%/eval.json: | $(NEEDED)
+	$(PYTHON) reinforce.py $(MODELS) $(SUITED_REINFORCE) --advantage loo --alpha $(settings) \
+	    $(FLAGS) $(REINFORCE_FLAGS) --out $(@D)
 
-$(RUNS)/beta-%/eval.json: | $(VENV)
-	$(PYTHON) dpo.py --beta $(settings) $(MODELS) $(call flag,--pairs,$(PAIRS)) $(FLAGS) $(DPO_FLAGS) --out $(@D)
+$(RUNS)/beta-%/eval.json: | $(NEEDED)
+	$(PYTHON) dpo.py $(MODELS) $(call flag,--pairs,$(PAIRS)) $(SUITED_DPO) --beta $(settings) \
+	    $(FLAGS) $(DPO_FLAGS) --out $(@D)
+
+$(RUNS)/summary.txt: $(DEMO)
+	$(PYTHON) plot.py $(@D)
+
+$(WORLD)/world.json: | $(VENV)
+	$(PYTHON) toy.py --out $(@D)
 
 venv: .venv/ready ## only make the environment
 

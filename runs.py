@@ -39,7 +39,7 @@ def launch(main):
     except UserError as error:
         message, code = f"{name}: error: {error}", 1
     except KeyboardInterrupt:
-        message, code = f"\n{name}: interrupted; a run without eval.json is unfinished", 130
+        message, code = f"\n{name}: interrupted; what was finished is kept, the same command starts the rest anew", 130
     print(message, file=sys.stderr)  # out here the progress bar is gone and has ended its line
     sys.exit(code)
 

@@ -1,104 +1,65 @@
-"""Whole runs of the three scripts through their command lines, on models and data of a few kilobytes made here."""
+"""Whole runs through the scripts' command lines, in a world that toy.py makes in seconds."""
 
+import itertools
 import json
 import math
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
-import tempfile
+from collections import Counter
 from pathlib import Path
-
-CACHE = tempfile.TemporaryDirectory()  # nothing is read from the user's cache or left in it
-os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=CACHE.name)  # before the libraries read them
 
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DistilBertConfig, DistilBertForSequenceClassification,
-                          GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import common
 import dpo
+import grammar
 import plot
 import reinforce
 import reward
 import runs
+import toy
 
 SCRIPTS = {"reward": reward, "reinforce": reinforce, "dpo": dpo}
-SUBJECTS = ["the film", "this movie", "her part", "the plot", "our hero", "the old score", "a late scene", "that cast"]
-GOOD = ["was good", "is a joy", "felt warm and fine", "made me glad", "sings"]
-BAD = ["was bad", "is a bore", "felt cold and thin", "made me sad", "drags"]
-
-
-def review(n, words):
-    """A review of four clauses with the given verdicts, another one for each n."""
-    clauses = [f"{SUBJECTS[(n * 7 + i * 3) % 8]} {words[(n + i) % 5]}" for i in range(4)]
-    return f"Review {n}: " + ", ".join(clauses) + "."
-
-
-REVIEWS = [review(n, BAD if n < 40 else GOOD) for n in range(80)]  # sorted by label, as the real ones are
-
-
-WORDS = sorted({word for text in REVIEWS for word in text.replace(",", "").replace(".", "").split()})
-
-
-def save_policy(folder):
-    """A random GPT-2 with a byte-level tokenizer; eos is <|endoftext|>, and nothing is called pad."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spaced = ["Ġ" + word for word in (*WORDS, "unforgettableness")]  # Ġ is a space; each of these is one token
-    merges = dict.fromkeys((word[:i], word[i]) for word in spaced for i in range(1, len(word)))
-    merges |= dict.fromkeys(("Ġ" * n, "Ġ" * n) for n in (1, 2, 4, 8, 16))  # and so are runs of 2, 4, ... 32 spaces
-    vocabulary = ["<|endoftext|>", *letters, *("".join(merge) for merge in merges)]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, list(merges)))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-    torch.manual_seed(0)
-    size = {"vocab_size": len(vocabulary), "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    GPT2LMHeadModel(GPT2Config(**size, eos_token_id=0, bos_token_id=0)).save_pretrained(folder)
-
-
-def save_classifier(folder, id2label):
-    """A random DistilBERT that reads whole words."""
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    vocabulary = [*special.values(), *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    ends = [("[CLS]", 2), ("[SEP]", 3)]
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special).save_pretrained(folder)
-    torch.manual_seed(1)
-    size = {"vocab_size": len(vocabulary), "max_position_embeddings": 48, "dim": 32, "hidden_dim": 64}
-    size |= {"n_layers": 1, "n_heads": 2, "initializer_range": 0.5}
-    config = DistilBertConfig(**size, id2label=id2label, label2id={name: i for i, name in id2label.items()})
-    DistilBertForSequenceClassification(config).save_pretrained(folder)
-
-
-def save_rows(folder, **splits):
-    folder.mkdir()
-    for split, rows in splits.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+TINY = toy.Size(reviews=80, test_reviews=20, pairs=20, test_pairs=7, policy_width=32, classifier_width=32, layers=2,
+                batch_size=16, epochs=4)
 
 
 def labelled(texts):
     return [{"text": text, "label": int(i >= len(texts) / 2)} for i, text in enumerate(texts)]
 
 
-def pair(n, prompt=None):
-    subject = prompt or f"Review {n}: {SUBJECTS[n % 8]}"
-    return {"prompt": subject, "positive_completion": " " + GOOD[n % 5], "negative_completion": " " + BAD[n % 5]}
+def pair(n):
+    words = {"positive_completion": f" is a joy, scene {n}.", "negative_completion": f" is a bore, scene {n}."}
+    return {"prompt": f"Film {n}", **words}
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with policy/, reward_model/, prompts/ and pairs/ in the formats of the real ones."""
+    """A folder with policy/, reward_model/, prompts/ and pairs/, as the demo has them, only smaller."""
     folder = tmp_path_factory.mktemp("world")
-    save_policy(folder / "policy")
-    save_classifier(folder / "reward_model", {0: "LABEL_0", 1: "LABEL_1"})
-    save_rows(folder / "prompts", train=labelled(REVIEWS), test=labelled([*REVIEWS[::4], "Short."]))
-    save_rows(folder / "pairs", train=[pair(n) for n in range(20)], test=[pair(n) for n in range(20, 27)])
+    (folder / "world.json").write_text(json.dumps(toy.make_world(folder, TINY)))
+    with (folder / "prompts" / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "Short.", "label": 1}) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def reviews(world):
+    """The texts of the world's training reviews."""
+    return [row["text"] for row in runs.read_rows(world / "prompts" / "train.jsonl")]
+
+
+def save_classifier(folder, reviews, labels):
+    """A classifier with random weights and these label names."""
+    tokenizer = toy.scorer_tokenizer(reviews)
+    toy.save_model(folder, toy.new_classifier(tokenizer, TINY, labels), tokenizer)
 
 
 def flags(world, script, out, *more, **replaced):
@@ -109,12 +70,17 @@ def flags(world, script, out, *more, **replaced):
     if script == "reward":
         given["--reference"] = given["--policy"]
     if script == "dpo":
-        given |= {"--pairs": folders["pairs"], "--max-len": 64}
+        given["--pairs"] = folders["pairs"]
     return [str(part) for item in given.items() for part in item] + [str(part) for part in more]
 
 
 def call(script, *argv):
     SCRIPTS[script].main(list(map(str, argv)))
+
+
+def change(path, **values):
+    """Puts values into a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 rows_of = runs.read_rows
@@ -182,7 +148,7 @@ def test_the_dpo_run_folder(finished):
     assert all(list(row) == keys for row in steps)
     assert tests[0]["test_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert tests[2]["test_loss"] < 0.6 and tests[2]["test_accuracy"] == 1
+    assert tests[2]["test_loss"] < 0.62 and tests[2]["test_accuracy"] > 0.8
     result = json.loads((folder / "eval.json").read_text())
     assert set(result) == EVALUATED | {"test_loss", "test_accuracy", "test_margin"}
     assert result["test_loss"] == tests[2]["test_loss"]
@@ -293,13 +259,13 @@ def test_running_mean_stands_in_the_middle_of_its_window():
 # ---- texts, tokens, rewards --------------------------------------------------------------------------------
 
 
-def test_prompt_ids_are_those_of_the_whole_text(world):
-    tokenizer = common.load_tokenizer("--policy", str(world / "policy"))
-    texts = [*REVIEWS, "x" * 500 + " the film", "the film" + " " * 300 + "was good", "é" * 90, "", "is" * 400]
+def test_prompt_ids_are_those_of_the_whole_text(reviews):
+    texts = [*reviews, "x" * 500 + " the film", "the film" + " " * 300 + "was good", "é" * 90, "", "is" * 400]
     texts += ["the film <|endoftext|> was good and our hero is a joy" * 9, "don't " * 60, "🎬 " * 50, "a\nb\t c"]
     # A text is cut after 16 characters for each token: here inside a word, inside spaces, at a contraction.
     texts += [" unforgettableness of it all", " the" + " " * 40 + "film", " the           film's", " \n \t \n    film"]
     texts += ["é" * 15 + " film" * 9, " " * 40 + "film", "film\u00a0was \u2003good  indeed" * 9]
+    tokenizer = toy.policy_tokenizer(texts)  # so runs of spaces and the long words are one token each
     for length in (1, 2, 3, 10):
         whole = [common.encode(tokenizer, [text])[0][:length] for text in texts]
         assert common.first_tokens(tokenizer, texts, length) == whole
@@ -313,41 +279,208 @@ def test_an_end_mark_inside_a_text_stays_text(world):
     assert common.decode(tokenizer, torch.tensor([[*ids, tokenizer.eos_token_id]])) == ["good <|endoftext|> bad"]
 
 
-def test_test_prompts_are_shuffled_and_the_first_n_stay_the_first_n(world):
+def test_test_prompts_are_shuffled_and_the_first_n_stay_the_first_n(world, reviews):
     tokenizer = common.load_tokenizer("--policy", str(world / "policy"))
     loaded = [
         common.load_prompts(str(world / "prompts"), "train", tokenizer, 12, common.seeded(0, "test order"), limit)
         for limit in (None, 7)
     ]
     assert loaded[0].shape == (80, 12) and loaded[0][:7].tolist() == loaded[1].tolist()
-    whole = [common.encode(tokenizer, [text])[0][:12] for text in REVIEWS]
+    whole = [common.encode(tokenizer, [text])[0][:12] for text in reviews]
     assert sorted(loaded[0].tolist()) == sorted(whole) and loaded[0].tolist() != whole
 
 
 def test_positivity_is_the_softmax_of_the_positive_label_row_by_row(world, tmp_path):
-    texts = ["the film was good", "her part is a bore " * 40, "", "sings"]  # one of them far over the 48 positions
+    texts = ["the script is superb", "the pace is a mess " * 40, "", "go and see it"]  # one far over 128 positions
     scorer = reward.load_scorer(str(world / "reward_model"), torch.device("cpu"))
+    scorer.tokenizer.model_max_length = 1000  # more than the model has positions
     found = reward.positivity(scorer, texts)
     assert found.shape == (4,) and found.requires_grad is False
     for text, score in zip(texts, found, strict=True):
-        inputs = scorer.tokenizer(text, truncation=True, max_length=48, return_tensors="pt")
+        inputs = scorer.tokenizer(text, truncation=True, max_length=128, return_tensors="pt")
         logits = scorer.model(**inputs).logits[0]
         assert score.item() == pytest.approx((logits[1].exp() / logits.exp().sum()).item(), abs=1e-5)
-    save_classifier(tmp_path / "swapped", {0: "POSITIVE", 1: "NEGATIVE"})
+    shutil.copytree(world / "reward_model", tmp_path / "swapped")
+    change(tmp_path / "swapped" / "config.json", id2label={0: "POSITIVE", 1: "NEGATIVE"})
     swapped = reward.load_scorer(str(tmp_path / "swapped"), torch.device("cpu"))
     torch.testing.assert_close(reward.positivity(swapped, texts), 1 - found, atol=1e-4, rtol=0)
 
 
 def test_pairs_are_cut_counted_and_encoded_apart(world, tmp_path, capsys):
     tokenizer = common.load_tokenizer("--policy", str(world / "policy"))
-    rows = [pair(0), pair(1, "the film " * 40), {**pair(2), "negative_completion": ""}]
-    save_rows(tmp_path / "pairs", train=rows, test=rows[:1])
+    rows = [pair(0), {**pair(1), "prompt": "the film " * 40}, {**pair(2), "negative_completion": ""}]
+    toy.save_rows(tmp_path / "pairs", train=rows, test=rows[:1])
     pairs = dpo.load_pairs(str(tmp_path / "pairs"), tokenizer, tokenizer.eos_token_id, 32)
     said = capsys.readouterr().out
     assert "as they stand" in said and "train pairs: 1 of 3; 2 left out (an empty text, another layout" in said
     expected = [common.encode(tokenizer, [rows[0][column]])[0] for column in dpo.COLUMNS]
     eos = [tokenizer.eos_token_id]
     assert pairs["train"] == [(expected[0], expected[1] + eos, expected[2] + eos)]
+
+
+# ---- the offline world -------------------------------------------------------------------------------------
+
+
+def test_the_probability_of_a_review_is_exact(monkeypatch):
+    """Two openings, two words of praise, one of complaint; shares 1/4 and 3/4.
+
+    "x good bad": 1/2 (x) * 1/2 (good) * the mean of 1/4 * 3/4 and 3/4 * 1/4 = 3/64. And all 18 reviews together: 1.
+    """
+    small = {"review": ["{a} {b} {b}"], "a": ["x", "y"], "b+": ["good", "fine"], "b-": ["bad"]}
+    monkeypatch.setattr(grammar, "GRAMMAR", small)
+    monkeypatch.setattr(grammar, "SHARES", (0.25, 0.75))
+    rng, tallies, counts = random.Random(0), {}, Counter()
+    for n in range(20_000):
+        tally = Counter()
+        text = grammar.write("review", grammar.SHARES[n % 2], rng, tally)
+        tallies[text] = tally
+        counts[text] += 1
+    exact = {text: math.exp(grammar.log_probability(tally)) for text, tally in tallies.items()}
+    assert exact["x good bad"] == pytest.approx(3 / 64) and exact["y bad bad"] == pytest.approx(5 / 32)
+    assert len(exact) == 18 and sum(exact.values()) == pytest.approx(1)
+    for text, p in exact.items():  # and they are drawn that often
+        assert counts[text] / 20_000 == pytest.approx(p, abs=5 * math.sqrt(p / 20_000))
+    # Praise twice: (9/16) / (9/16 + 1/16) for the share of 3/4.
+    assert grammar.positive(tallies["x good fine"]) == pytest.approx(0.9)
+
+
+def test_no_two_ways_lead_to_the_same_review(monkeypatch):
+    """Else its probability would be larger than that of the way that was taken. All sentences, in all ways."""
+    assert all(len(set(options)) == len(options) for options in grammar.GRAMMAR.values())
+    words = [name for name, options in grammar.GRAMMAR.items() if not any("{" in option for option in options)]
+    kept = {"story": 2, "craft": 2}  # judgements whole; of nouns, names and places one will do
+    short = {name: grammar.GRAMMAR[name][: kept.get(name, 1)] for name in words if not name.endswith(("+", "-"))}
+    monkeypatch.setattr(grammar, "GRAMMAR", grammar.GRAMMAR | short)
+
+    def ways(name):
+        names = [name] if name in grammar.GRAMMAR else [name + "+", name + "-"]
+        for option in (option for name in names for option in grammar.GRAMMAR[name]):
+            parts = re.split(r"\{(.+?)\}", option)  # text, name, text, name, ..., text
+            choices = [[part] if i % 2 == 0 else list(ways(part)) for i, part in enumerate(parts)]
+            yield from map("".join, itertools.product(*choices))
+
+    for name, least in (("opening", 12), ("body", 1000), ("closing", 10)):
+        texts = list(ways(name))
+        assert len(texts) >= least and len(set(texts)) == len(texts), name
+
+
+def test_the_worlds_files_are_like_the_courses(world):
+    rows = {path.stem: rows_of(path) for path in (world / "prompts").iterdir()}
+    assert [row["label"] for row in rows["train"]] == [0] * 40 + [1] * 40  # sorted by label, as the real ones
+    assert not {row["text"] for row in rows["train"]} & {row["text"] for row in rows["test"]}
+    assert len({row["text"] for row in rows["train"]}) == 80
+    pairs = [rows_of(world / "pairs" / f"{split}.jsonl") for split in ("train", "test")]
+    assert [len(split) for split in pairs] == [20, 7] and all(tuple(row) == dpo.COLUMNS for row in pairs[0] + pairs[1])
+    assert not {str(row) for row in pairs[0]} & {str(row) for row in pairs[1]}
+    scorer = reward.load_scorer(str(world / "reward_model"), torch.device("cpu"))
+    assert scorer.model.config.model_type == "distilbert" and scorer.positive == 1
+
+
+def test_the_worlds_tokenizers_read_anything(world):
+    policy = common.load_tokenizer("--policy", str(world / "policy"))
+    texts = ["The script is superb.", "An unseen wörd 🎬\n<br />!", ""]
+    assert [policy.decode(ids) for ids in common.encode(policy, texts)] == texts
+    assert len(common.encode(policy, texts)[0]) == 5  # four words and a full stop
+    scorer = common.load_tokenizer("--reward-model", str(world / "reward_model"))
+    assert scorer.tokenize("The script qux") == ["the", "script", "q", "##u", "##x"]
+
+
+def test_both_models_learn(tmp_path):
+    """In a world of 400 reviews, a few seconds. A policy that knows nothing has the vocabulary as perplexity."""
+    size = TINY._replace(reviews=400, test_reviews=100, policy_width=64)
+    found = toy.make_world(tmp_path / "world", size)
+    assert 1 < found["grammars_perplexity"] < 3 and found["grammars_perplexity"] < found["perplexity"] < 100, found
+    assert 0.5 < found["accuracy_of_cuts"] <= 1 and found["accuracy"] > 0.6 < found["best_accuracy"], found
+    again = toy.make_world(tmp_path / "again", size)
+    assert again == found and toy.make_world(tmp_path / "other", size, seed=1) != found
+    for name in ("prompts/test.jsonl", "pairs/train.jsonl", "policy/model.safetensors"):
+        assert (tmp_path / "world" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_perplexities_of_a_policy_that_knows_nothing():
+    """Equal logits: the vocabulary's size. The grammar: 1/4 for the text, of which 1/2 for its first word, leaves 1/2
+    for the 3 tokens after it, its end among them: 2^(1/3)."""
+    tokenizer = toy.policy_tokenizer(["is it fun?"])
+    policy = toy.new_policy(tokenizer, TINY)
+    torch.nn.init.zeros_(policy.transformer.wte.weight)
+    tally = Counter(nats=math.log(4))  # no judgement
+    firsts = Counter([tokenizer("is")["input_ids"][0]] * 3 + [5] * 3)
+    found = toy.perplexities(policy.eval(), tokenizer, ["is it?"], [tally], firsts)
+    assert found == pytest.approx((len(tokenizer), 2 ** (1 / 3)), rel=1e-4)
+
+
+def test_a_world_is_there_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "worlds" / "one"
+
+    def make(folder, seed):
+        (folder / "prompts").mkdir()  # fails where something is left over
+        calls.append(seed)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return found
+
+    calls, found = [], dict.fromkeys(("perplexity", "grammars_perplexity", "accuracy", "best_accuracy"), 0.5)
+    found |= {"policy_parameters": 1, "reward_model_parameters": 1, "accuracy_of_cuts": 0.5}
+    monkeypatch.setattr(toy, "make_world", make)
+    with pytest.raises(SystemExit) as stopped:
+        runs.launch(lambda: toy.main(["--out", str(out)]))
+    assert stopped.value.code == 130 and "interrupted" in capsys.readouterr().err and not out.exists()
+    toy.main(["--out", str(out)])
+    assert sorted(path.name for path in out.parent.iterdir()) == ["one"]
+    assert {path.name for path in out.iterdir()} == {"prompts", "world.json"}
+    for again, message in ((out, "is there already; remove it or give"), (out / "world.json" / "x", "cannot be")):
+        with pytest.raises(SystemExit):
+            runs.launch(lambda again=again: toy.main(["--out", str(again)]))
+        assert message in capsys.readouterr().err
+
+
+def test_make_demo_runs_what_is_missing_and_nothing_else(world, tmp_path):
+    """The whole demo as a user calls it, in the tiny world; then with everything there, then with a run missing."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    folder = tmp_path / "toy"
+
+    def make(*more, python=sys.executable):
+        flags = "--eval-limit 6 --limit 16 --device cpu"
+        given = [f"RUNS={folder}", f"WORLD={world}", f"PYTHON={python}", f"FLAGS={flags}", "DPO_FLAGS=--epochs 1"]
+        command = ["make", "--no-print-directory", "demo", *given, *more]
+        return subprocess.run(command, capture_output=True, text=True, env=clean, cwd=Path(__file__).parent)
+
+    first = make()
+    assert first.returncode == 0, first.stderr
+    runs_made = ["alpha-0", "alpha-0.1", "baseline", "beta-0.1"]
+    assert sorted(path.parent.name for path in folder.glob("*/eval.json")) == runs_made
+    said = (folder / "summary.txt").read_text()
+    assert said in first.stdout and (folder / "reinforce.png").exists() and (folder / "dpo.png").exists()
+    assert [line.split()[0] for line in said.splitlines()[1:5]] == ["baseline", "alpha-0", "alpha-0.1", "beta-0.1"]
+    config = json.loads((folder / "alpha-0" / "config.json").read_text())["flags"]
+    assert (config["prompt_len"], config["completion_len"], config["advantage"]) == (10, 20, "loo")
+
+    again = make(python="false")  # any call of Python would fail
+    assert again.returncode == 0 and said in again.stdout and "Nothing had to be run" in again.stdout
+    (folder / "alpha-0" / "eval.json").unlink()  # as if it had been cut off in its evaluation
+    planned = [line for line in make("-n").stdout.splitlines() if ".py" in line]
+    assert len(planned) == 2 and "reinforce.py" in planned[0] and "--alpha 0 " in planned[0] and "plot.py" in planned[1]
+    more = make("-n", "MORE=loo-0.3 beta-0.5-lr-1e-3").stdout
+    assert "--advantage loo --alpha 0.3" in more and "--beta 0.5 --lr 1e-3" in more
+    together = make("baseline")
+    assert together.returncode != 0 and "make demo goes alone" in together.stderr
+
+
+def test_the_summary_aligns_and_obeys_no_control_characters():
+    sample = {"prompt": "I saw", "completion": " it\x1b[31m\n|twice", "reward": 0.5}
+    run = {"policy": "a", "reference": None, "samples": [sample], "n": 4}
+    run |= {"reward": 0.5, "reward_se": 0.25, "kl": 0, "distinct_2": None}
+    found = {"baseline": run, "beta-1": run | {"beta": 1, "test_loss": 0.25, "reward_se": None, "kl": 12.345}}
+    found["alpha-1"] = run | {"alpha": 1.0, "advantage": "reward", "samples": [sample | {"prompt": "Another"}]}
+    assert plot.table(found) == [
+        "run       method     test reward    n  KL, nats  distinct-2  test loss",
+        "baseline  untouched  0.500 ± 0.250  4  0.00",
+        "beta-1    DPO        0.500          4  12.35                 0.250",
+        "alpha-1   REINFORCE  0.500 ± 0.250  4  0.00",
+    ]
+    assert plot.side_by_side(found) == [
+        "", '"I saw" ...', "  baseline  0.50  it [31m |twice", "  beta-1    0.50  it [31m |twice"
+    ]
 
 
 # ---- bad input: one clear line, exit code not 0, nothing half-written --------------------------------------
@@ -364,31 +497,30 @@ def refusal(script, *argv, capsys):
 
 
 @pytest.fixture(scope="session")
-def odd(world, tmp_path_factory):
+def odd(world, reviews, tmp_path_factory):
     """Folders that are not what the flags want."""
     folder = tmp_path_factory.mktemp("odd")
     shutil.copytree(world / "policy", folder / "no-tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
-    save_classifier(folder / "stars", {0: "1 star", 1: "5 stars"})
+    save_classifier(folder / "stars", reviews, ["1 star", "5 stars"])
     shutil.copytree(world / "policy", folder / "cut-short")
     weights = (folder / "cut-short" / "model.safetensors").read_bytes()
     (folder / "cut-short" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     ignore = shutil.ignore_patterns("tokenizer*", "vocab*")
     shutil.copytree(world / "reward_model", folder / "mute-classifier", ignore=ignore)
     shutil.copytree(world / "policy", folder / "endless")
-    config = json.loads((folder / "endless" / "config.json").read_text())
-    (folder / "endless" / "config.json").write_text(json.dumps({**config, "eos_token_id": [0, 1]}))
+    change(folder / "endless" / "config.json", eos_token_id=[0, 1])
     (folder / "no-rows").mkdir()
     datasets.Dataset.from_dict({"text": [], "label": []}).to_parquet(folder / "no-rows" / "test.parquet")
-    save_rows(folder / "no-train", test=labelled(REVIEWS))
-    save_rows(folder / "numbers", train=[{**pair(0), "prompt": 7}], test=[{**pair(0), "prompt": 7}])
+    toy.save_rows(folder / "no-train", test=labelled(reviews))
+    toy.save_rows(folder / "numbers", train=[{**pair(0), "prompt": 7}], test=[{**pair(0), "prompt": 7}])
     (folder / "empty").mkdir()
-    save_rows(folder / "no-test", train=labelled(REVIEWS))
-    save_rows(folder / "no-test-pairs", train=[pair(0)])
-    save_rows(folder / "no-text", test=[{"review": "fine", "stars": 3}])
-    save_rows(folder / "short", test=labelled(["Short.", "Too."]))
-    save_rows(folder / "missing", test=labelled([*REVIEWS[:3], None]))
-    save_rows(folder / "no-rejected", train=[{"prompt": "a", "positive_completion": "b"}])
-    save_rows(folder / "empty-pairs", train=[pair(0)], test=[{**pair(1), "positive_completion": ""}])
+    toy.save_rows(folder / "no-test", train=labelled(reviews))
+    toy.save_rows(folder / "no-test-pairs", train=[pair(0)])
+    toy.save_rows(folder / "no-text", test=[{"review": "fine", "stars": 3}])
+    toy.save_rows(folder / "short", test=labelled(["Short.", "Too."]))
+    toy.save_rows(folder / "missing", test=labelled([*reviews[:3], None]))
+    toy.save_rows(folder / "no-rejected", train=[{"prompt": "a", "positive_completion": "b"}])
+    toy.save_rows(folder / "empty-pairs", train=[pair(0)], test=[{**pair(1), "positive_completion": ""}])
     return folder
 
 
@@ -442,8 +574,8 @@ BAD_FLAGS = [
     ("dpo", ["--beta", -1], "argument --beta: -1 is not a number above 0"),
     ("dpo", ["--beta", 0], "argument --beta: 0 is not a number above 0"),
     ("dpo", ["--batch-size", 1.5], "argument --batch-size: invalid whole number value: '1.5'"),
-    ("dpo", ["--max-len", 65], "--max-len = 65 tokens, but the policy has 64 positions"),
-    ("reward", ["--completion-len", 60], "--completion-len = 70 tokens, but the policy has 64 positions"),
+    ("dpo", ["--max-len", 129], "--max-len = 129 tokens, but the policy has 128 positions"),
+    ("reward", ["--completion-len", 119], "--completion-len = 129 tokens, but the policy has 128 positions"),
     ("reward", ["--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
     ("reward", ["--positive-label", "good"], "cannot tell which of the labels LABEL_0, LABEL_1 is good"),
     ("reward", ["--speed", 3], "unrecognized arguments: --speed 3"),
@@ -533,7 +665,7 @@ def test_a_policy_that_its_last_step_broke_is_no_finished_run(world, tmp_path, c
 
 
 def test_plot_says_what_it_misses(tmp_path, capsys):
-    for folder, message in ((tmp_path / "nowhere", "there is no folder"), (tmp_path, "has no training run")):
+    for folder, message in ((tmp_path / "nowhere", "there is no folder"), (tmp_path, "has no run")):
         with pytest.raises(SystemExit):
             runs.launch(lambda folder=folder: plot.main([str(folder)]))
         assert message in capsys.readouterr().err
