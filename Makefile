@@ -120,5 +120,5 @@ test: | $(DEV) ## everything that CI runs but lint; no network, no GPU
 lint: | $(DEV) ## style and unused names
 	$(PYTHON) -m ruff check .
 
-clean: ## remove the environment and caches; runs stay
+clean: ## remove the environment, the world of the demo and caches; runs stay
 	rm -rf .venv build __pycache__ .pytest_cache .ruff_cache

@@ -344,6 +344,21 @@ def test_the_probability_of_a_review_is_exact(monkeypatch):
     assert grammar.positive(tallies["x good fine"]) == pytest.approx(0.9)
 
 
+def test_no_review_and_no_pair_is_written_twice(monkeypatch):
+    """Of 24 possible reviews 11 are for the test and 11 for training: without care some would be in both."""
+    small = {"review": ["{opening} {rest}"], "opening": ["x", "y"], "rest": ["{b} {b}", "{b}"]}
+    monkeypatch.setattr(grammar, "GRAMMAR", small | {"b+": ["good", "fine"], "b-": ["bad"]})
+    rng, seen = random.Random(0), set()
+    splits = [grammar.write_reviews(11, rng, seen)[0] for _ in range(2)]
+    assert len({row["text"] for rows in splits for row in rows}) == 22
+    assert all([row["label"] for row in rows] == [0] * 6 + [1] * 5 for rows in splits)
+    splits = [grammar.write_pairs(40, rng, seen) for _ in range(2)]
+    assert len({tuple(row.values()) for rows in splits for row in rows}) == 80
+    praise = [sum(row[column].count("good") + row[column].count("fine") for row in splits[0] + splits[1])
+              for column in ("positive_completion", "negative_completion")]
+    assert praise[0] > 2 * praise[1] > 0
+
+
 def test_no_two_ways_lead_to_the_same_review(monkeypatch):
     """Else its probability would be larger than that of the way that was taken. All sentences, in all ways."""
     assert all(len(set(options)) == len(options) for options in grammar.GRAMMAR.values())
@@ -392,21 +407,27 @@ def test_both_models_learn(tmp_path):
     assert 1 < found["grammars_perplexity"] < 3 and found["grammars_perplexity"] < found["perplexity"] < 100, found
     assert 0.5 < found["accuracy_of_cuts"] <= 1 and found["accuracy"] > 0.6 < found["best_accuracy"], found
     again = toy.make_world(tmp_path / "again", size)
-    assert again == found and toy.make_world(tmp_path / "other", size, seed=1) != found
+    assert again == found
     for name in ("prompts/test.jsonl", "pairs/train.jsonl", "policy/model.safetensors"):
         assert (tmp_path / "world" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def test_another_seed_makes_another_world(world, tmp_path):
+    toy.make_world(tmp_path / "other", TINY, seed=1)
+    for name in ("prompts/test.jsonl", "pairs/train.jsonl", "policy/model.safetensors"):
+        assert (tmp_path / "other" / name).read_bytes() != (world / name).read_bytes()
+
+
 def test_perplexities_of_a_policy_that_knows_nothing():
-    """Equal logits: the vocabulary's size. The grammar: 1/4 for the text, of which 1/2 for its first word, leaves 1/2
-    for the 3 tokens after it, its end among them: 2^(1/3)."""
+    """Equal logits: the vocabulary's size. The grammar: 1/4 for each text, of which 1/2 for its first word leaves 1/2
+    for the rest, twice, for 3 and 2 tokens with the ends: 2^(2/5)."""
     tokenizer = toy.policy_tokenizer(["is it fun?"])
     policy = toy.new_policy(tokenizer, TINY)
     torch.nn.init.zeros_(policy.transformer.wte.weight)
     tally = Counter(nats=math.log(4))  # no judgement
     firsts = Counter([tokenizer("is")["input_ids"][0]] * 3 + [5] * 3)
-    found = toy.perplexities(policy.eval(), tokenizer, ["is it?"], [tally], firsts)
-    assert found == pytest.approx((len(tokenizer), 2 ** (1 / 3)), rel=1e-4)
+    found = toy.perplexities(policy.eval(), tokenizer, ["is it?", "is?"], [tally, tally], firsts)
+    assert found == pytest.approx((len(tokenizer), 2 ** (2 / 5)), rel=1e-4)
 
 
 def test_a_world_is_there_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
@@ -454,6 +475,7 @@ def test_make_demo_runs_what_is_missing_and_nothing_else(world, tmp_path):
     assert [line.split()[0] for line in said.splitlines()[1:5]] == ["baseline", "alpha-0", "alpha-0.1", "beta-0.1"]
     config = json.loads((folder / "alpha-0" / "config.json").read_text())["flags"]
     assert (config["prompt_len"], config["completion_len"], config["advantage"]) == (10, 20, "loo")
+    assert json.loads((folder / "beta-0.1" / "config.json").read_text())["flags"]["lr"] == 5e-5
 
     again = make(python="false")  # any call of Python would fail
     assert again.returncode == 0 and said in again.stdout and "Nothing had to be run" in again.stdout
