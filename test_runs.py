@@ -488,6 +488,21 @@ def test_make_demo_runs_what_is_missing_and_nothing_else(world, tmp_path):
     assert together.returncode != 0 and "make demo goes alone" in together.stderr
 
 
+def test_finished_runs_are_in_the_courses_order_and_others_are_passed_over(tmp_path):
+    for name, more in {"beta-0.1": {"beta": 0.1}, "alpha-10": {"alpha": 10}, "loo-2": {"alpha": 2}, "old": {}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"flags": more}))
+        (tmp_path / name / "eval.json").write_text('{"reward": 0.5}')
+    (tmp_path / "old" / "eval.json").write_text("{")
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline" / "config.json").write_text('{"flags": {"policy": "a"}}')
+    (tmp_path / "baseline" / "eval.json").write_text('{"reward": 0.25}')
+    shutil.copytree(tmp_path / "baseline", tmp_path / "no-config", ignore=shutil.ignore_patterns("config.json"))
+    found = plot.finished_runs(tmp_path)
+    assert list(found) == ["baseline", "loo-2", "alpha-10", "beta-0.1"]
+    assert found["baseline"] == {"policy": "a", "reward": 0.25}
+
+
 def test_the_summary_aligns_and_obeys_no_control_characters():
     sample = {"prompt": "I saw", "completion": " it\x1b[31m\n|twice", "reward": 0.5}
     run = {"policy": "a", "reference": None, "samples": [sample], "n": 4}
