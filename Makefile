@@ -31,13 +31,15 @@ PAIRS = $(WORLD)/pairs
 LENGTHS = --prompt-len 10 --completion-len 20
 SUITED_REINFORCE = --advantage loo --batch-size 32 --lr 5e-4
 SUITED_DPO = --batch-size 16 --lr 5e-5 --max-len 128
+# Threads that spin while they wait make it many times slower where another program wants a core.
+export OMP_WAIT_POLICY = PASSIVE
 ifneq ($(filter baseline reinforce dpo plot,$(MAKECMDGOALS)),)
 $(error make demo goes alone: it makes its own runs, and other targets would get its settings)
 endif
 endif
 NEEDED = $(VENV) $(addsuffix /world.json,$(WORLD))
 DEMO = $(patsubst %,$(RUNS)/%/eval.json,baseline alpha-0 alpha-$(ALPHA) beta-$(BETA) $(MORE))
-MISSING := $(filter-out $(wildcard $(DEMO)),$(DEMO))
+MISSING := $(filter-out $(wildcard $(DEMO) $(RUNS)/summary.txt),$(DEMO) $(RUNS)/summary.txt)
 
 # Without PYTHON=..., make builds an environment of its own in .venv; with it, that interpreter is used as it is.
 ifeq ($(origin PYTHON),undefined)
@@ -61,7 +63,7 @@ help: ## list the targets (this)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(RUNS)/summary.txt ## the whole lesson in a small world made here: offline, minutes, two cores
-	@$(if $(MISSING),,cat $<; echo; echo "Nothing had to be run: all is in $(RUNS). Anew: rm -r $(RUNS)")
+	@$(if $(MISSING),,cat $<; echo; echo "Nothing had to be run: runs of these names are in $(RUNS). For other FLAGS or a new world: RUNS=another/folder")
 
 baseline: $(RUNS)/baseline/eval.json ## section 1: evaluate the untouched policy
 

@@ -1,8 +1,8 @@
 """Film reviews from a grammar: what the offline world of `make demo` is made of. Plain Python.
 
 A reviewer has a share of praise, and each judgement in the review is praise or complaint by a coin of that
-share. Everything else is an even choice. So the probability of a review is known exactly, and with it what a
-perfect language model of these reviews would score, and a perfect classifier.
+share. Everything else is an even choice. So the probability of a review is known, and with it what a perfect
+language model of these reviews would score, and a perfect classifier. (Up to a trifle: none is written twice.)
 """
 
 import math
@@ -118,7 +118,7 @@ def likelihoods(tally):
 
 
 def log_probability(tally):
-    """-> log P(review) in nats: the mean over the shares, which no text shows, times the even choices."""
+    """-> log P(review) in nats. Its share is not in the text, so P is the mean over SHARES."""
     return math.log(sum(likelihoods(tally)) / len(SHARES)) - tally["nats"]
 
 

@@ -62,7 +62,7 @@ def dpo_figure(found):
     for (name, rows), axes, colour in zip(found.items(), panels[0], COLOURS * len(found), strict=False):
         trained = [row for row in rows if "step" in row]
         if trained:
-            draw(axes, trained, "loss", colour, "training, each batch")
+            draw(axes, trained, "loss", colour, "training (faint: each batch)")
         done = [sum("step" in before for before in rows[:i]) for i, row in enumerate(rows) if "epoch" in row]
         tested = [row["test_loss"] for row in rows if "epoch" in row]
         axes.plot(done, tested, "o", color="black", label="test, after each epoch")
@@ -76,7 +76,7 @@ def finished_runs(folder):
     """-> {run's name: its flags and its results} of the runs with an eval.json: baseline, REINFORCE, DPO."""
     found = {}
     for path in folder.glob("*/eval.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # a folder that is no run's
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a folder that is no run's
             config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
             found[path.parent.name] = config["flags"] | json.loads(path.read_text(encoding="utf-8"))
 
@@ -88,11 +88,13 @@ def finished_runs(folder):
 
 
 def method(flags):
+    """A run's flags -> what was done, in words."""
     if "beta" in flags:
         return "DPO"
     if "alpha" in flags:
         return "REINFORCE, leave-one-out" if flags["advantage"] == "loo" else "REINFORCE"
-    return "untouched" if flags["reference"] in (None, flags["policy"]) else "evaluated again"
+    original = flags["reference"] or runs.COURSE["policy"]
+    return "untouched" if flags["policy"] == original else "evaluated"
 
 
 def table(found):

@@ -39,7 +39,7 @@ def launch(main):
     except UserError as error:
         message, code = f"{name}: error: {error}", 1
     except KeyboardInterrupt:
-        message, code = f"\n{name}: interrupted; what was finished is kept, the same command starts the rest anew", 130
+        message, code = f"\n{name}: interrupted; finished runs are kept, the same command does the rest", 130
     print(message, file=sys.stderr)  # out here the progress bar is gone and has ended its line
     sys.exit(code)
 
@@ -58,7 +58,7 @@ def number(kind, low, above=False):
     def parse(text):
         value = kind(text)  # argparse reports a ValueError as "invalid ... value"
         if not (low < value if above else low <= value) or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a number {'above' if above else 'from'} {low} up")
+            raise argparse.ArgumentTypeError(f"{text} is not a number {f'above {low}' if above else f'from {low} up'}")
         return value
 
     parse.__name__ = "whole number" if kind is int else "number"

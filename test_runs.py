@@ -449,7 +449,7 @@ def test_a_world_is_there_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     toy.main(["--out", str(out)])
     assert sorted(path.name for path in out.parent.iterdir()) == ["one"]
     assert {path.name for path in out.iterdir()} == {"prompts", "world.json"}
-    for again, message in ((out, "is there already; remove it or give"), (out / "world.json" / "x", "cannot be")):
+    for again, message in ((out, "is there already; remove it (rm -r"), (out / "world.json" / "x", "cannot be")):
         with pytest.raises(SystemExit):
             runs.launch(lambda again=again: toy.main(["--out", str(again)]))
         assert message in capsys.readouterr().err
@@ -478,7 +478,9 @@ def test_make_demo_runs_what_is_missing_and_nothing_else(world, tmp_path):
     assert json.loads((folder / "beta-0.1" / "config.json").read_text())["flags"]["lr"] == 5e-5
 
     again = make(python="false")  # any call of Python would fail
-    assert again.returncode == 0 and said in again.stdout and "Nothing had to be run" in again.stdout
+    assert again.returncode == 0 and again.stdout.count(said) == 1 and "Nothing had to be run" in again.stdout
+    (folder / "summary.txt").unlink()
+    assert make().stdout.count(said) == 1
     (folder / "alpha-0" / "eval.json").unlink()  # as if it had been cut off in its evaluation
     planned = [line for line in make("-n").stdout.splitlines() if ".py" in line]
     assert len(planned) == 2 and "reinforce.py" in planned[0] and "--alpha 0 " in planned[0] and "plot.py" in planned[1]
@@ -505,16 +507,19 @@ def test_finished_runs_are_in_the_courses_order_and_others_are_passed_over(tmp_p
 
 def test_the_summary_aligns_and_obeys_no_control_characters():
     sample = {"prompt": "I saw", "completion": " it\x1b[31m\n|twice", "reward": 0.5}
-    run = {"policy": "a", "reference": None, "samples": [sample], "n": 4}
+    run = {"policy": "a", "reference": "a", "samples": [sample], "n": 4}
     run |= {"reward": 0.5, "reward_se": 0.25, "kl": 0, "distinct_2": None}
     found = {"baseline": run, "beta-1": run | {"beta": 1, "test_loss": 0.25, "reward_se": None, "kl": 12.345}}
+    found["mine"] = run | {"reference": None}
     found["alpha-1"] = run | {"alpha": 1.0, "advantage": "reward", "samples": [sample | {"prompt": "Another"}]}
     assert plot.table(found) == [
         "run       method     test reward    n  KL, nats  distinct-2  test loss",
         "baseline  untouched  0.500 ± 0.250  4  0.00",
         "beta-1    DPO        0.500          4  12.35                 0.250",
+        "mine      evaluated  0.500 ± 0.250  4  0.00",
         "alpha-1   REINFORCE  0.500 ± 0.250  4  0.00",
     ]
+    del found["mine"]
     assert plot.side_by_side(found) == [
         "", '"I saw" ...', "  baseline  0.50  it [31m |twice", "  beta-1    0.50  it [31m |twice"
     ]

@@ -31,7 +31,7 @@ from common import completion_logits, decode, encode, masked_sum, seeded, token_
 from reward import Scorer, positivity
 
 POSITIONS = 128  # tokens that the models can read
-CUT = 30  # tokens of prompt and completion, the reward model's usual reading
+CUT = 30  # tokens: what the reward model reads in the demo, 10 of the prompt and 20 of the completion
 
 
 class Size(NamedTuple):
@@ -103,7 +103,8 @@ def new_classifier(tokenizer, size, labels=("LABEL_0", "LABEL_1")):
 
 def padded(rows):
     """List of B lists of ids -> (B, longest), filled on the right with -100, the label of what is not trained."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)
+    tensors = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=-100)
 
 
 def fit(model, batches, lr, desc):
@@ -132,7 +133,7 @@ def shuffled(count, batch_size, epochs, order):
 
 @torch.no_grad()
 def perplexities(policy, tokenizer, texts, tallies, firsts):
-    """-> perplexity a token on the texts: the policy's, and the grammar's own, below which no model gets.
+    """-> perplexity a token on the texts: the policy's, and the grammar's own, the lowest possible.
 
     Both are given a text's first token, which nothing comes before: its probability under the grammar is taken
     from `firsts`, a Counter of the training texts' first tokens.
@@ -181,8 +182,8 @@ def make_world(folder, size=SIZE, seed=0):
     pairs = [grammar.write_pairs(count, rng, seen) for count in (size.pairs, size.test_pairs)]
     save_rows(folder / "prompts", train=train, test=test)
     save_rows(folder / "pairs", train=pairs[0], test=pairs[1])
-    texts, labels = zip(*(row.values() for row in train), strict=True)
-    test_texts, test_labels = zip(*(row.values() for row in test), strict=True)
+    texts, labels = [row["text"] for row in train], [row["label"] for row in train]
+    test_texts, test_labels = [row["text"] for row in test], [row["label"] for row in test]
 
     tokenizer = policy_tokenizer(texts)
     ids = encode(tokenizer, texts)
@@ -223,7 +224,7 @@ def main(argv=None):
     flags.add_argument("--seed", type=runs.number(int, 0), default=0, help="of texts and models (%(default)s)")
     args = flags.parse_args(argv)
     if args.out.exists():
-        raise runs.UserError(f"--out {args.out} is there already; remove it or give another folder")
+        raise runs.UserError(f"--out {args.out} is there already; remove it (rm -r {args.out}) or give another folder")
     unfinished = args.out.with_name(args.out.name + ".unfinished")
     transformers.utils.logging.disable_progress_bar()  # a bar for each file of weights
     try:
