@@ -57,7 +57,7 @@ MODELS = $(call flag,--policy,$(POLICY)) $(call flag,--reference,$(POLICY)) \
          $(call flag,--reward-model,$(REWARD_MODEL)) $(call flag,--prompts,$(PROMPTS)) $(LENGTHS)
 
 .PHONY: help demo baseline reinforce dpo plot venv test lint clean
-.PRECIOUS: $(WORLD)/world.json
+.PRECIOUS: $(WORLD)/world.json $(DEMO)  # written whole: an interrupted make must not delete them
 
 help: ## list the targets (this)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
