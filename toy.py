@@ -8,7 +8,6 @@ a prompt). The other scripts run on it unchanged. Nothing here is needed to foll
 """
 
 import argparse
-import json
 import math
 import os
 import random
@@ -164,7 +163,7 @@ def save_rows(folder, **splits):
     """Writes train.jsonl and test.jsonl: an object a line, as load_dataset(folder) reads them."""
     folder.mkdir(parents=True)
     for split, rows in splits.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(runs.to_json(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
 
 
