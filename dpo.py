@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import runs
-from common import (check_length, checked_grad_norm, completion_logits, encode, seeded, load_policy,
-                    load_reference, masked_sum, pick_device, token_logps)
+from common import (check_length, checked_grad_norm, completion_logits, encode, load_policy, load_reference,
+                    masked_sum, seeded)
+from fast import like_lengths, logps_and_kl, parts, pick_device
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples
 
 COLUMNS = ("prompt", "positive_completion", "negative_completion")
@@ -124,16 +125,23 @@ def pair_logps(model, pairs):
     """List of B Pairs -> (B,), (B,): log p(completion | prompt), chosen and rejected, in one forward."""
     tokens, attention, mask = collate(pairs, model.device)
     logits = completion_logits(model, tokens, mask.shape[1], attention)  # (2B, N, V)
-    logps = masked_sum(token_logps(logits, tokens[:, -mask.shape[1] :]), mask)  # (2B,)
-    return logps.chunk(2)
+    logps, _ = logps_and_kl(logits, tokens[:, -mask.shape[1] :])  # (2B, N)
+    return masked_sum(logps, mask).chunk(2)
+
+
+def widths(pairs):
+    """List of n Pairs -> (n,): the columns that each pair's completions need, the longer one's tokens."""
+    return torch.tensor([max(len(pair.chosen), len(pair.rejected)) for pair in pairs])
 
 
 @torch.no_grad()
 def all_logps(model, pairs, batch_size, desc):
     """List of n Pairs -> (n, 2) on the CPU: chosen and rejected log-probs, without a graph."""
-    starts = tqdm(range(0, len(pairs), batch_size), desc=desc, unit="batch", dynamic_ncols=True)
-    batches = [pair_logps(model, pairs[start : start + batch_size]) for start in starts]
-    return torch.cat([torch.stack(batch, dim=1) for batch in batches]).cpu()
+    logps = torch.empty(len(pairs), 2)
+    batches = widths(pairs).argsort(stable=True).split(batch_size)  # of like lengths: little padding
+    for rows in tqdm(batches, desc=desc, unit="batch", dynamic_ncols=True):
+        logps[rows] = torch.stack(pair_logps(model, [pairs[row] for row in rows]), dim=1).cpu()
+    return logps
 
 
 def accuracy(margins):
@@ -161,24 +169,28 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
     tested = on_test_pairs(policy, pairs["test"], reference_logps["test"], run)
     run.log(epoch=0, **tested)
     for epoch in range(1, args.epochs + 1):
-        shuffled = torch.randperm(len(pairs["train"]), generator=order)
-        loop = tqdm(shuffled.split(args.batch_size), desc=f"epoch {epoch}", unit="step", dynamic_ncols=True)
+        batches = like_lengths(widths(pairs["train"]), args.batch_size, order)
+        loop = tqdm(batches, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True)
         for rows in loop:
             step, start = step + 1, time.perf_counter()
-            logps = pair_logps(policy, [pairs["train"][row] for row in rows])  # (B,), (B,): chosen, rejected
-            ref_logps = reference_logps["train"][rows].to(device).T  # (2, B): the same of the reference
-            losses, margins = dpo_loss(*logps, *ref_logps, args.beta)  # policy's two, reference's two
-            loss = losses.mean()
+            ref_logps = reference_logps["train"][rows].to(device).T  # (2, B): chosen, rejected
 
             optimizer.zero_grad()
-            loss.backward()
+            columns = []
+            for part, share in parts(len(rows), args.micro_batch):  # one part with all rows, but for --micro-batch
+                logps = pair_logps(policy, [pairs["train"][row] for row in rows[part]])  # (B,), (B,)
+                losses, margins = dpo_loss(*logps, *ref_logps[:, part], args.beta)
+                (share * losses.mean()).backward()
+                columns.append(torch.stack([losses, margins, *logps]).detach())
+            losses, margins, chosen_logps, rejected_logps = torch.cat(columns, dim=1)
+            loss = losses.mean()
             grad_norm = checked_grad_norm(step, loss, policy)
             optimizer.step()
 
             seconds = time.perf_counter() - start
             run.log(step=step, loss=loss.item(), accuracy=accuracy(margins).item(), margin=margins.mean().item(),
-                    chosen_logp=logps[0].mean().item(), rejected_logp=logps[1].mean().item(), grad_norm=grad_norm,
-                    seconds=seconds)
+                    chosen_logp=chosen_logps.mean().item(), rejected_logp=rejected_logps.mean().item(),
+                    grad_norm=grad_norm, seconds=seconds)
             loop.set_postfix(loss=f"{loss.item():.4f}", accuracy=f"{accuracy(margins).item():.2f}")
             if step % SAMPLE_EVERY == 0:
                 log_samples(policy, tokenizer, scorer, test_prompts, run, step)
@@ -198,18 +210,18 @@ def main(argv=None):
     add("--max-len", type=runs.count, default=128, help="tokens of prompt + completion at most (%(default)s)")
     args = flags.parse_args(argv)
     run = runs.Run(args, "dpo.py")
-    device = pick_device(args.device)
-    policy, tokenizer = load_policy(args.policy, device, args.precision)
+    device, precision = pick_device(args.device, args.precision)
+    policy, tokenizer = load_policy(args.policy, device, precision)
     check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len")
     check_length(policy, args.max_len, "--max-len")
-    reference = load_reference(args.reference or args.policy, policy, device, args.precision)
-    scorer = load_scorer(args.reward_model, device, args.positive_label, args.precision)
+    reference = load_reference(args.reference or args.policy, policy, device, precision)
+    scorer = load_scorer(args.reward_model, device, args.positive_label, precision)
     pairs = load_pairs(args.pairs, tokenizer, policy.config.eos_token_id, args.max_len)
     subset = torch.randperm(len(pairs["train"]), generator=seeded(args.seed, "train subset"))[: args.limit]
     pairs = {"train": [pairs["train"][row] for row in subset], "test": pairs["test"][: args.eval_limit]}
     test_prompts = load_test_prompts(args, tokenizer)
 
-    run.start(str(device))
+    run.start(str(device), precision)
     reference_logps = {}
     for split, rows in pairs.items():
         reference_logps[split] = all_logps(reference, rows, args.batch_size, f"reference, {split} pairs")

@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 import runs
-from common import (check_length, checked_grad_norm, completion_logits, completion_mask, decode, seeded,
-                    load_policy, load_prompts, load_reference, masked_sum, pick_device, sample, token_kl,
-                    token_logps)
+from common import (check_length, checked_grad_norm, completion_logits, completion_mask, decode,
+                    load_policy, load_prompts, load_reference, masked_sum, sample, seeded)
+from fast import logps_and_kl, parts, pick_device
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples, positivity
 
 
@@ -37,6 +37,23 @@ def reinforce_loss(logps, mask, reward):
         shapes = f"reward {tuple(reward.shape)} does not match logps {tuple(logps.shape)}"
         raise ValueError(f"{shapes}: they must be (B,) and (B, N)")
     return -(reward.detach() * masked_sum(logps, mask)).mean()
+
+
+def token_kl(logits, ref_logits):
+    """(B, N, V) twice -> (B, N): exact KL(policy ‖ reference) in nats at each position (section 3).
+
+        KL = sum_v p(v) * (log p(v) - log q(v)),   p the policy, q the reference, v the whole vocabulary
+
+    The gradient flows through p and log p. It leaves out that an early token changes which contexts come
+    later: biased, on purpose, for far less variance than the sampled form. The loop takes the same numbers from
+    fast.logps_and_kl, together with the log-probs. ValueError if the shapes disagree.
+    """
+    if logits.shape != ref_logits.shape:
+        raise ValueError(f"ref_logits {tuple(ref_logits.shape)} do not match logits {tuple(logits.shape)}")
+    logp = logits.float().log_softmax(dim=-1)
+    logq = ref_logits.float().log_softmax(dim=-1)
+    # A word of probability 0 adds 0, where 0 * (-inf) would add nan.
+    return (logp.exp() * (logp - logq).masked_fill(logp == -torch.inf, 0.0)).sum(dim=-1)
 
 
 def leave_one_out(reward):
@@ -68,14 +85,17 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
             reward = positivity(scorer, decode(tokenizer, tokens))  # (B,)
             advantage = leave_one_out(reward) if args.advantage == "loo" else reward
 
-            logits = completion_logits(policy, tokens, args.completion_len)  # (B, N, V)
-            with torch.no_grad():
-                ref_logits = completion_logits(reference, tokens, args.completion_len)
-            kl = masked_sum(token_kl(logits, ref_logits), mask).mean()  # nats per completion
-            loss = reinforce_loss(token_logps(logits, completions), mask, advantage) + args.alpha * kl
-
             optimizer.zero_grad()
-            loss.backward()
+            loss = kl = 0.0
+            for part, share in parts(len(tokens), args.micro_batch):  # one part with all rows, but for --micro-batch
+                logits = completion_logits(policy, tokens[part], args.completion_len)  # (B, N, V)
+                with torch.no_grad():
+                    ref_logits = completion_logits(reference, tokens[part], args.completion_len)
+                logps, kls = logps_and_kl(logits, completions[part], ref_logits)  # (B, N), (B, N)
+                part_kl = masked_sum(kls, mask[part]).mean()  # nats per completion
+                part_loss = reinforce_loss(logps, mask[part], advantage[part]) + args.alpha * part_kl
+                (share * part_loss).backward()
+                loss, kl = loss + share * part_loss.detach(), kl + share * part_kl.detach()
             grad_norm = checked_grad_norm(step, loss, policy)
             optimizer.step()
 
@@ -97,16 +117,16 @@ def main(argv=None):
     add("--advantage", choices=("reward", "loo"), default="reward", help=advantage)
     args = flags.parse_args(argv)
     run = runs.Run(args, "reinforce.py")
-    device = pick_device(args.device)
-    policy, tokenizer = load_policy(args.policy, device, args.precision)
+    device, precision = pick_device(args.device, args.precision)
+    policy, tokenizer = load_policy(args.policy, device, precision)
     check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len")
-    reference = load_reference(args.reference or args.policy, policy, device, args.precision)
-    scorer = load_scorer(args.reward_model, device, args.positive_label, args.precision)
+    reference = load_reference(args.reference or args.policy, policy, device, precision)
+    scorer = load_scorer(args.reward_model, device, args.positive_label, precision)
     order = seeded(args.seed, "train subset")
     prompts = load_prompts(args.prompts, "train", tokenizer, args.prompt_len, order, args.limit)
     test_prompts = load_test_prompts(args, tokenizer)
 
-    run.start(str(device))
+    run.start(str(device), precision)
     train(policy, reference, tokenizer, scorer, prompts, test_prompts, run)
     run.save_model(policy, tokenizer)
     run.finish(**evaluate(policy, reference, tokenizer, scorer, test_prompts, run))

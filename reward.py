@@ -18,9 +18,9 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 import runs
-from common import (check_length, completion_logits, completion_mask, decode, seeded, load_model,
-                    load_policy, load_prompts, load_reference, load_tokenizer, masked_sum, pick_device, sample,
-                    token_kl, token_logps)
+from common import (check_length, completion_logits, completion_mask, decode, load_model, load_policy,
+                    load_prompts, load_reference, load_tokenizer, masked_sum, sample, seeded)
+from fast import logps_and_kl, pick_device
 
 SAMPLES = 5  # completions shown of every policy, always of the same prompts
 SAMPLE_EVERY = 50  # training steps between two looks at them
@@ -85,23 +85,27 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
     batches = tqdm(prompts.split(batch_size), desc="evaluate", unit="batch", dynamic_ncols=True)
     rows, total = [], 0.0
     for batch in batches:
-        tokens = sample(policy, batch.to(device), args.completion_len, noise)  # (B, T)
+        # What the policy forecast while it sampled serves again: no second forward.
+        size = (len(batch), args.completion_len, policy.config.vocab_size)
+        logits = torch.zeros(size, dtype=torch.bfloat16 if policy.bf16 else None, device=device)  # (B, N, V)
+        tokens = sample(policy, batch.to(device), args.completion_len, noise, logits)  # (B, T)
         completions = tokens[:, batch.shape[1] :]  # (B, N)
         mask = completion_mask(completions, policy.config.eos_token_id)
         texts = decode(tokenizer, tokens)
         reward = positivity(scorer, texts)  # (B,)
 
-        logits = completion_logits(policy, tokens, args.completion_len)  # (B, N, V)
         same = reference is policy  # section 1: nothing to compute twice
         ref_logits = logits if same else completion_logits(reference, tokens, args.completion_len)
+        logps, kls = logps_and_kl(logits, completions, ref_logits)
+        ref_logps = logps if same else logps_and_kl(ref_logits, completions)[0]
         columns = {
             "prompt": decode(tokenizer, batch),
             "completion": decode(tokenizer, completions),
             "text": texts,
             "reward": reward.tolist(),
-            "kl": masked_sum(token_kl(logits, ref_logits), mask).tolist(),
-            "logp": masked_sum(token_logps(logits, completions), mask).tolist(),
-            "reference_logp": masked_sum(token_logps(ref_logits, completions), mask).tolist(),
+            "kl": masked_sum(kls, mask).tolist(),
+            "logp": masked_sum(logps, mask).tolist(),
+            "reference_logp": masked_sum(ref_logps, mask).tolist(),
             "length": mask.sum(dim=-1).tolist(),
         }
         for row in zip(*columns.values(), strict=True):
@@ -156,17 +160,17 @@ def load_test_prompts(args, tokenizer):
 def main(argv=None):
     args = runs.parser(__doc__).parse_args(argv)
     run = runs.Run(args, "reward.py")
-    device = pick_device(args.device)
-    policy, tokenizer = load_policy(args.policy, device, args.precision)
+    device, precision = pick_device(args.device, args.precision)
+    policy, tokenizer = load_policy(args.policy, device, precision)
     check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len")
     original = args.reference or runs.COURSE["policy"]
     reference = policy
     if original != args.policy:
-        reference = load_reference(original, policy, device, args.precision)
-    scorer = load_scorer(args.reward_model, device, args.positive_label, args.precision)
+        reference = load_reference(original, policy, device, precision)
+    scorer = load_scorer(args.reward_model, device, args.positive_label, precision)
     prompts = load_test_prompts(args, tokenizer)
 
-    run.start(str(device))
+    run.start(str(device), precision)
     run.finish(**evaluate(policy, reference, tokenizer, scorer, prompts, run))
 
 
