@@ -23,8 +23,8 @@ from types import SimpleNamespace
 import runs
 
 PROMPT, COMPLETION, BATCH = 10, 20, 32  # REINFORCE: tokens, tokens, rows
-PAIRS, STEPS, LONGEST = 16, 3, 128  # DPO: pairs a step, steps a turn, tokens of prompt and completion
-TESTED = 128  # prompts of an evaluation
+PAIRS, STEPS, LONGEST = 16, 2, 128  # DPO: pairs a step, steps a turn, tokens of prompt and completion
+TESTED = 64  # prompts of an evaluation
 EPOCHS = 2  # the reference's log-probs, computed once, serve so many epochs of DPO
 ALPHA, BETA = 0.02, 0.1
 
@@ -78,20 +78,31 @@ def new_prompts(size, count):
 
 
 def new_pairs(size):
-    """-> one turn's pairs of token lists: prompts of 6 to 14 tokens, either side in all from 32 to 128, evenly."""
+    """-> one turn's pairs of token lists: prompts of 6 to 14 tokens, at most 128 with a completion.
+
+    Of 800 pairs (chosen sides of 32 to 128 tokens in all, rejected ones up to a quarter longer or shorter), batches
+    of like length from a quarter and three quarters of the way up: what an epoch's batches are like for ours. The
+    other ways take the same pairs in random batches.
+    """
     import torch
 
-    from dpo import Pair
+    from dpo import Pair, widths
 
     dice = torch.Generator().manual_seed(2)
-    pick = lambda low, high: int(torch.randint(low, high + 1, (), generator=dice))
-    text = lambda length: torch.randint(0, size["words"] - 1, (length,), generator=dice).tolist()
+
+    def pick(low, high):
+        return int(torch.randint(low, high + 1, (), generator=dice))
+
+    def text(length):
+        return torch.randint(0, size["words"] - 1, (length,), generator=dice).tolist()
+
     pairs = []
-    for _ in range(PAIRS * STEPS):
-        prompt = text(pick(6, 14))
-        chosen, rejected = (text(pick(32, LONGEST) - len(prompt)) for _ in range(2))
-        pairs.append(Pair(prompt, chosen, rejected))
-    return pairs
+    for _ in range(50 * PAIRS):
+        prompt, total = text(pick(6, 14)), pick(32, LONGEST)
+        sides = total, max(16, min(LONGEST, total * pick(75, 125) // 100))
+        pairs.append(Pair(prompt, *(text(side - len(prompt)) for side in sides)))
+    batches = widths(pairs).argsort().split(PAIRS)
+    return [pairs[row] for step in range(STEPS) for row in batches[(2 * step + 1) * len(batches) // (2 * STEPS)]]
 
 
 # ---- ours: the functions of the scripts, as they stand -----------------------------------------------------
@@ -373,9 +384,9 @@ class Turn:
 def worker(pipe, function, size, device, more, tuned):
     if tuned:
         runs.keep_memory()  # as the scripts do
-    quiet = open(os.devnull, "w")  # progress bars
-    os.dup2(quiet.fileno(), 2)
-    os.dup2(quiet.fileno(), 1)
+    quiet = os.open(os.devnull, os.O_WRONLY)  # for progress bars and samples
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
     globals()[function](Turn(pipe, device), size, device, *more)
 
 
@@ -458,7 +469,7 @@ def row(work, name, turns, reference, samples, operations, peak):
 def main(argv=None):
     flags = runs.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--device", choices=("cuda", "cpu"), help="where to compute (cuda if it is there)")
-    flags.add_argument("--rounds", type=runs.count, default=5, help="turns of each way (%(default)s)")
+    flags.add_argument("--rounds", type=runs.count, default=3, help="turns of each way (%(default)s)")
     flags.add_argument("--work", choices=("REINFORCE", "DPO", "evaluation"), help="only this one (all three)")
     flags.add_argument("--tiny", action="store_true", help="small models: to see that it works")
     args = flags.parse_args(argv)
@@ -475,11 +486,12 @@ def main(argv=None):
     operations = necessary(size)
     with tempfile.TemporaryDirectory() as folder:
         kinds = sorted({"fp32", precision})
-        peaks = {kind: (f"matmul_peak", kind) for kind in kinds}
+        peaks = {kind: ("matmul_peak", kind) for kind in kinds}
         measured = take_turns(peaks, size, device.type, args.rounds)
         peak = {kind: 20 * 2 * 2048**3 / min(taken for taken, _ in turns) for kind, turns in measured.items()}
         print("matmul peak: " + ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in peak.items()))
-        print("necessary: " + ", ".join(f"{work} {count / 1e12:.2f} TFLOP a turn" for work, count in operations.items()))
+        counts = ", ".join(f"{work} {count / 1e12:.2f}" for work, count in operations.items())
+        print(f"necessary arithmetic, TFLOP a turn: {counts}")
         print("\n| work | way | seconds a step | samples a second | memory, MiB | times ours | share of peak |")
         print("|---|---|---|---|---|---|---|")
         for work, (samples, ways) in works(device.type, precision, trl, folder).items():

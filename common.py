@@ -83,14 +83,14 @@ def sample(model, prompts, length, generator=None, forecasts=None):
     """
     eos = model.config.eos_token_id
     tokens = torch.cat([prompts, prompts.new_full((len(prompts), length), eos)], dim=1)
-    uniform = torch.rand(len(prompts), length, generator=generator, device=prompts.device)  # in [0, 1)
+    uniform = torch.rand(length, len(prompts), generator=generator, device=prompts.device)  # in [0, 1)
     rows = torch.arange(len(prompts), device=prompts.device)  # those that go on
     cache, new = None, prompts
     with autocast(model, prompts.device):
         for column in range(length):
             output = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, logits = output.past_key_values, output.logits[:, -1]
-            drawn = draw(logits, uniform[rows, column])
+            drawn = draw(logits, uniform[column, rows])
             tokens[rows, prompts.shape[1] + column] = drawn
             if forecasts is not None:
                 forecasts[rows, column] = logits

@@ -45,7 +45,7 @@ def prepare(model, precision):
     if model.device.type == "cpu":  # for rows this short, plain matrix products beat the fused attention
         model.set_attn_implementation("eager")
     model.bf16 = precision == "bf16"
-    model.forward = autocast(model, model.device)(model.forward)  # from here on, a call of the model is a call under autocast
+    model.forward = autocast(model, model.device)(model.forward)  # a call of the model is a call under autocast
     return model
 
 
@@ -96,7 +96,7 @@ class LogpsAndKL(torch.autograd.Function):
     def backward(ctx, grad_logps, grad_kl):
         logits, tokens, ref_logits, kl = ctx.saved_tensors
         words = logits.shape[1]
-        grad = logits.new_empty(len(logits), words + -words % 64)[:, :words]  # aligned rows: a faster product after this
+        grad = logits.new_empty(len(logits), words + -words % 64)[:, :words]  # aligned rows: faster products with it
         for rows, logp, log_ratio in LogpsAndKL.pieces(logits, ref_logits):
             dz = log_ratio.sub_(kl[rows]).mul_(grad_kl[rows]).sub_(grad_logps[rows]).mul_(logp.exp_())
             grad[rows] = dz.scatter_add_(dim=-1, index=tokens[rows], src=grad_logps[rows])

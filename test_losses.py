@@ -3,6 +3,7 @@
 No network, no files, a few seconds.
 """
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import common
 import dpo
+import fast
 import reinforce
 import reward
 
@@ -149,12 +151,14 @@ def test_draw_has_no_bias_in_a_vocabulary_of_gpt2s_size(dtype):
     assert (common.draw(logits.expand(len(words), -1), above.float())[inside] > words[inside]).all()
 
 
-def test_sample_draws_from_the_same_distribution_that_is_scored(model):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sample_draws_from_the_same_distribution_that_is_scored(model, precision):
     """The entropy identity: on sampled tokens, the mean of -log p(token) is the mean entropy of the forecasts.
 
     z = their mean difference in standard errors over 2,000 completions. Right: |z| < 4 but for one seed in 16,000.
     Measured here: 0.5; logits one column off 44 or 36; temperature 0.7 -43; greedy -116; top-5 -12; dropout on 59.
     """
+    model = fast.prepare(copy.deepcopy(model), precision)
 
     def z(shift=0, temperature=1.0):
         prompts = torch.randint(1, 11, (2000, 3), generator=common.seeded(0, "prompts"))
@@ -173,10 +177,10 @@ def test_sample_draws_from_the_same_distribution_that_is_scored(model):
 
 def test_sample_with_its_cache_equals_a_loop_that_feeds_everything_again(model):
     prompts = torch.randint(1, 11, (5, 3), generator=common.seeded(1, "prompts"))
-    uniform, tokens = torch.rand(5, 12, generator=common.seeded(1, "sampling")), prompts
+    uniform, tokens = torch.rand(12, 5, generator=common.seeded(1, "sampling")), prompts
     with torch.no_grad():
         for column in range(12):
-            drawn = common.draw(model(tokens).logits[:, -1], uniform[:, column])
+            drawn = common.draw(model(tokens).logits[:, -1], uniform[column])
             tokens = torch.cat([tokens, drawn[:, None]], dim=1)
     found = common.sample(model, prompts, 12, common.seeded(1, "sampling"))
     mask = common.completion_mask(tokens[:, 3:], EOS)
@@ -395,6 +399,156 @@ def test_pair_logps_are_those_of_the_completions_alone_however_they_are_padded(m
     chosen, rejected = dpo.pair_logps(model, pairs)
     assert chosen.tolist() == pytest.approx([alone(pair.prompt, pair.chosen) for pair in pairs], abs=1e-4)
     assert rejected.tolist() == pytest.approx([alone(pair.prompt, pair.rejected) for pair in pairs], abs=1e-4)
+
+
+# ---- the fast forms are the plain ones ---------------------------------------------------------------------
+
+
+def test_logps_and_kl_have_the_gradients_written_on_paper():
+    # z = log p, p = (1/2, 1/4, 1/8, 1/8), q = (1/8, 1/2, 1/4, 1/8): log p - log q = (2, -1, -1, 0) bits,
+    # KL = 1/2 * 2 - 1/4 - 1/8 = 5/8 bit, and p * (log p - log q - KL) = (11/16, -13/32, -13/64, -5/64) bits.
+    # Token 1: log p = -2 bits, its gradient (-1/2, 3/4, -1/8, -1/8).
+    logits = nats(1 / 2, 1 / 4, 1 / 8, 1 / 8).reshape(1, 1, 4).requires_grad_()
+    ref_logits = nats(1 / 8, 1 / 2, 1 / 4, 1 / 8).reshape(1, 1, 4).requires_grad_()
+    logps, kl = fast.logps_and_kl(logits, torch.tensor([[1]]), ref_logits)
+    assert (logps.item(), kl.item()) == (pytest.approx(-2 * BIT), pytest.approx(5 / 8 * BIT))
+    (by_kl,) = torch.autograd.grad(kl.sum(), logits, retain_graph=True)
+    torch.testing.assert_close(by_kl[0, 0], BIT * torch.tensor([11 / 16, -13 / 32, -13 / 64, -5 / 64]))
+    (logps.sum() + 0 * kl.sum()).backward()
+    torch.testing.assert_close(logits.grad[0, 0], torch.tensor([-1 / 2, 3 / 4, -1 / 8, -1 / 8]))
+    assert ref_logits.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logps_and_kl_equal_the_plain_functions_with_their_gradients(dtype):
+    # (2, 70, 30,000): pieces of 34 forecasts, the last one ragged. A word of probability 0 in some of them.
+    generator = common.seeded(0, "test")
+    logits, ref_logits = (torch.randn(2, 70, 30_000, generator=generator).mul(3).to(dtype) for _ in range(2))
+    logits[0, :3, 7] = -math.inf
+    ref_logits[0, 0, 7] = -math.inf
+    tokens = torch.randint(8, 30_000, (2, 70), generator=generator)
+    weights = torch.randn(2, 2, 70, generator=generator)
+
+    def both(leaf, function):
+        logps, kl = function(leaf.requires_grad_())
+        (weights[0] * logps + weights[1] * kl).sum().backward()
+        return logps.detach(), kl.detach(), leaf.grad.float()
+
+    found = both(logits.clone(), lambda leaf: fast.logps_and_kl(leaf, tokens, ref_logits))
+    plain = lambda leaf: (common.token_logps(leaf, tokens), reinforce.token_kl(leaf, ref_logits))  # noqa: E731
+    expected = both(logits.float().clone(), plain)
+    rounding = 1e-5 if dtype == torch.float32 else 2**-8  # of the gradient, which has the logits' type
+    for ours, theirs, tolerance in zip(found, expected, (1e-5, 1e-5, rounding), strict=True):
+        assert theirs.isfinite().all()
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=tolerance)
+    alone, nothing = fast.logps_and_kl(logits, tokens)
+    torch.testing.assert_close(alone, found[0])
+    assert nothing.abs().max() == 0
+
+
+def test_logps_and_kl_refuse_other_shapes():
+    logits = torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match=r"tokens \(2, 2\)"):
+        fast.logps_and_kl(logits, torch.zeros(2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"ref_logits \(2, 3, 5\)"):
+        fast.logps_and_kl(logits, torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, 5))
+
+
+def test_a_prepared_model_computes_the_same(model):
+    tokens = torch.randint(1, 11, (4, 9), generator=common.seeded(0, "test"))
+    with torch.no_grad():
+        plain = model(tokens).logits
+        prepared = fast.prepare(copy.deepcopy(model), "fp32")
+        assert not any(type(module).__name__ == "NewGELUActivation" for module in prepared.modules())
+        torch.testing.assert_close(prepared(tokens).logits, plain, atol=1e-4, rtol=1e-5)
+        low = fast.prepare(copy.deepcopy(model), "bf16")(tokens).logits
+    assert low.dtype == torch.bfloat16
+    # bf16 keeps 8 bits; this model's logits reach 60, and errors of single products mostly cancel.
+    assert 0 < (low.float() - plain).abs().mean() < 0.02 * plain.abs().mean()
+
+
+def test_sampling_in_bf16_leaves_no_weight_without_a_gradient(model):
+    # autocast keeps the bf16 copies that sampling made without a graph; a later forward must not find them.
+    policy = fast.prepare(copy.deepcopy(model), "bf16")
+    tokens = common.sample(policy, torch.ones(2, 3, dtype=torch.long), 4, common.seeded(0, "test"))
+    logps, _ = fast.logps_and_kl(common.completion_logits(policy, tokens, 4), tokens[:, 3:])
+    logps.sum().backward()
+    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in policy.parameters())
+
+
+def test_sampling_in_bf16_casts_a_weight_once(model):
+    policy, casts = fast.prepare(copy.deepcopy(model), "bf16"), []
+
+    class Casts(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0] is policy.lm_head.weight:
+                casts.append(kwargs)
+            return function(*args, **(kwargs or {}))
+
+    with Casts():
+        common.sample(policy, torch.ones(2, 3, dtype=torch.long), 6, common.seeded(0, "test"))
+    assert len(casts) == 1
+
+
+def test_sample_feeds_no_row_that_has_ended_and_keeps_the_forecasts(model):
+    sizes = []
+
+    class Watched(torch.nn.Module):
+        config = model.config
+
+        def forward(self, **inputs):
+            sizes.append(len(inputs["input_ids"]))
+            return model(**inputs)
+
+    prompts = torch.randint(1, 11, (20, 3), generator=common.seeded(2, "prompts"))
+    forecasts = torch.zeros(20, 12, 11)
+    tokens = common.sample(Watched(), prompts, 12, common.seeded(2, "sampling"), forecasts)
+    mask = common.completion_mask(tokens[:, 3:], EOS)
+    assert sizes == mask.sum(dim=0).tolist() and sizes[-1] < sizes[0]
+    with torch.no_grad():
+        every = common.completion_logits(model, tokens, 12)
+    torch.testing.assert_close(forecasts[mask], every[mask], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "micro_batch", "sizes"), [(8, None, [8]), (8, 3, [3, 3, 2]), (2, 5, [2])])
+def test_parts_cover_the_rows_and_their_shares_are_exact(rows, micro_batch, sizes):
+    found = list(fast.parts(rows, micro_batch))
+    assert [row for part, _ in found for row in range(rows)[part]] == list(range(rows))
+    assert [part.stop - part.start for part, _ in found] == sizes
+    assert [share for _, share in found] == [size / rows for size in sizes]
+
+
+def test_like_lengths_are_batches_of_every_row_in_random_order():
+    lengths = torch.randint(1, 100, (330,), generator=common.seeded(0, "lengths"))
+    batches = fast.like_lengths(lengths, 8, common.seeded(0, "order"), window=10)
+    assert sorted(torch.cat(batches).tolist()) == list(range(330))
+    assert sorted(map(len, batches)) == [2] + [8] * 41  # the ragged batch is there, and there is one
+    spread = [(lengths[rows].max() - lengths[rows].min()).item() for rows in batches]
+    assert sum(spread) / len(spread) < 15  # of 99: ten batches sorted together; at random it would be 78
+    means = torch.stack([lengths[rows].float().mean() for rows in batches])
+    neighbours = torch.corrcoef(torch.stack([means[1:], means[:-1]]))[0, 1]
+    assert abs(neighbours) < 0.5  # long batches come at no particular time
+    again = fast.like_lengths(lengths, 8, common.seeded(0, "order"), window=10)
+    assert [rows.tolist() for rows in again] == [rows.tolist() for rows in batches]
+    other = fast.like_lengths(lengths, 8, common.seeded(1, "order"), window=10)
+    assert [rows.tolist() for rows in other] != [rows.tolist() for rows in batches]
+
+
+@pytest.mark.parametrize(("capabilities", "precision"), [
+    ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True, "avx512_bf16": False}, "bf16"),
+    ({"avx512_f": True}, "fp32"), ({}, "fp32"),
+])
+def test_auto_is_bf16_on_processors_that_have_it(monkeypatch, capabilities, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert fast.pick_device("cpu", "auto") == (torch.device("cpu"), precision)
+    assert fast.pick_device("cpu", "fp32")[1] == "fp32" and fast.pick_device("cpu", "bf16")[1] == "bf16"
+    assert not fast.fast_bf16(torch.device("mps"))
+
+
+@pytest.mark.parametrize(("capability", "fast_enough"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_auto_is_bf16_on_gpus_that_do_not_emulate_it(monkeypatch, capability, fast_enough):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)  # (7, 5): the course's T4
+    assert fast.fast_bf16(torch.device("cuda")) == fast_enough
 
 
 # ---- numbers of the evaluation -----------------------------------------------------------------------------
