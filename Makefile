@@ -28,7 +28,7 @@ POLICY = $(WORLD)/policy
 REWARD_MODEL = $(WORLD)/reward_model
 PROMPTS = $(WORLD)/prompts
 PAIRS = $(WORLD)/pairs
-LENGTHS = --prompt-len 10 --completion-len 20
+SUITED = --prompt-len 10 --completion-len 20 --precision fp32  # so small that bf16 is no faster
 SUITED_REINFORCE = --advantage loo --batch-size 32 --lr 5e-4
 SUITED_DPO = --batch-size 16 --lr 5e-5 --max-len 128
 # Spin shorter while a thread waits (Linux): a fifth slower alone, five times faster beside another busy program.
@@ -54,9 +54,9 @@ endif
 
 flag = $(if $2,$1 "$2")
 MODELS = $(call flag,--policy,$(POLICY)) $(call flag,--reference,$(POLICY)) \
-         $(call flag,--reward-model,$(REWARD_MODEL)) $(call flag,--prompts,$(PROMPTS)) $(LENGTHS)
+         $(call flag,--reward-model,$(REWARD_MODEL)) $(call flag,--prompts,$(PROMPTS)) $(SUITED)
 
-.PHONY: help demo baseline reinforce dpo plot venv test lint clean
+.PHONY: help demo baseline reinforce dpo plot venv test lint bench clean
 .PRECIOUS: $(WORLD)/world.json $(DEMO)  # written whole: an interrupted make must not delete them
 
 help: ## list the targets (this)
@@ -116,11 +116,18 @@ NEW = import sys; sys.exit(sys.version_info < (3, 11))
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+.venv/ready-bench: requirements-bench.txt requirements.txt | .venv/ready
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
+
 test: | $(DEV) ## everything that CI runs but lint; no network, no GPU
 	$(PYTHON) -m pytest -q test_losses.py test_runs.py
 
 lint: | $(DEV) ## style and unused names
 	$(PYTHON) -m ruff check .
+
+bench: | $(VENV) $(VENV:ready=ready-bench) ## speed and memory against the course's way and TRL (ten minutes on two cores)
+	$(PYTHON) bench.py $(FLAGS)
 
 clean: ## remove the environment, the world of the demo and caches; runs stay
 	rm -rf .venv build __pycache__ .pytest_cache .ruff_cache
