@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from types import SimpleNamespace
 
 import runs
@@ -27,6 +28,7 @@ PAIRS, STEPS, LONGEST = 16, 2, 128  # DPO: pairs a step, steps a turn, tokens of
 TESTED = 64  # prompts of an evaluation
 EPOCHS = 2  # the reference's log-probs, computed once, serve so many epochs of DPO
 ALPHA, BETA = 0.02, 0.1
+WIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the machine's peak
 
 FULL = {"policy": {"n_layer": 6}, "scorer": {}, "words": 50_257, "scorer_words": 30_522}
 TINY = {
@@ -209,6 +211,7 @@ def course_reinforce(turn, size, device):
             loss.backward()
             optimizer.step()
             loss.item()
+            del logps, ref_logps, taken, kl, loss
             turn()
 
 
@@ -259,7 +262,7 @@ def course_evaluation(turn, size, device):
 # ---- TRL: its trainers, with what makes them fast ----------------------------------------------------------
 
 
-def trl_trainer(turn, size, device, steps, kind, config, rows, folder, **more):
+def trl_trainer(turn, size, device, precision, steps, kind, config, rows, folder, **more):
     """Builds a trainer whose turns end after `steps` steps, and trains without end."""
     import datasets
     import transformers
@@ -270,8 +273,11 @@ def trl_trainer(turn, size, device, steps, kind, config, rows, folder, **more):
             if state.global_step % steps == 0:
                 turn()
 
-    new_models(size)[0].save_pretrained(folder)  # TRL loads the reference from the policy's name
-    common = {"output_dir": folder, "bf16": True, "use_cpu": device == "cpu", "gradient_checkpointing": False}
+    policy = new_models(size)[0]
+    policy.save_pretrained(folder)  # TRL loads the reference from the policy's name
+    turn.missing = 4 * sum(weight.numel() for weight in policy.parameters())  # it ends a turn without gradients
+    common = {"output_dir": folder, "use_cpu": device == "cpu", "bf16": precision == "bf16"}
+    common |= {"gradient_checkpointing": False}
     common |= {"max_steps": 10**6, "report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
     arguments = getattr(trl, kind + "Config")(**common, disable_tqdm=True, **config)
     trainer = getattr(trl, kind + "Trainer")(
@@ -282,7 +288,7 @@ def trl_trainer(turn, size, device, steps, kind, config, rows, folder, **more):
     trainer.train()
 
 
-def trl_reinforce(turn, size, device, folder):
+def trl_reinforce(turn, size, device, precision, folder):
     """RLOO with two samples of each prompt, the fewest it allows; the KL is part of the reward."""
     import torch
 
@@ -291,7 +297,7 @@ def trl_reinforce(turn, size, device, folder):
     def positive(prompts, completions, **_):
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         inputs = scorer_tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
-        with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             return scorer(**inputs).logits.float().softmax(dim=-1)[:, 1].tolist()
 
     prompts = tokenizer.batch_decode(new_prompts(size, 64 * BATCH))
@@ -299,25 +305,25 @@ def trl_reinforce(turn, size, device, folder):
     config |= {"beta": ALPHA, "learning_rate": 1e-4, "temperature": 1.0,
                "top_p": 1.0, "top_k": 0, "disable_dropout": True}
     rows = [{"prompt": prompt} for prompt in prompts]
-    trl_trainer(turn, size, device, 1, "RLOO", config, rows, folder, reward_funcs=positive)
+    trl_trainer(turn, size, device, precision, 1, "RLOO", config, rows, folder, reward_funcs=positive)
 
 
-def trl_dpo(turn, size, device, folder):
+def trl_dpo(turn, size, device, precision, folder):
     """The reference's log-probs are computed before the first turn and not counted."""
     tokenizer = new_tokenizers(size)[0]
     rows = [dict(zip(("prompt", "chosen", "rejected"), tokenizer.batch_decode(pair), strict=True))
             for pair in new_pairs(size)]
     config = {"per_device_train_batch_size": PAIRS, "beta": BETA, "learning_rate": 5e-7, "max_length": LONGEST}
     config |= {"precompute_ref_log_probs": True}
-    trl_trainer(turn, size, device, STEPS, "DPO", config, rows, folder)
+    trl_trainer(turn, size, device, precision, STEPS, "DPO", config, rows, folder)
 
 
 def matmul_peak(turn, size, device, precision):
-    """Turns of 20 products of 2048 x 2048 matrices, into a buffer that is there."""
+    """Turns of 20 products of square matrices, into a buffer that is there."""
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    a, b = (torch.randn(2048, 2048).to(device, dtype) for _ in range(2))
+    a, b = (torch.randn(WIDE[device], WIDE[device]).to(device, dtype) for _ in range(2))
     out = torch.empty_like(a)
     while True:
         turn()
@@ -333,6 +339,7 @@ class Turn:
 
     def __init__(self, pipe, device):
         self.pipe, self.device, self.extra, self.turns, self.start, self.held = pipe, device, 0.0, 0, None, None
+        self.missing = 0  # bytes of gradients that are not there when a turn ends
 
     def __call__(self, extra=0.0):
         self.extra = self.extra or extra
@@ -341,10 +348,11 @@ class Turn:
         self.turns += 1
         if self.turns == 2:  # after the first step: weights, gradients and optimizer are there
             self.held = self.resident()
+            self.held = self.held and self.held + self.missing
         peak = self.peak() - self.held if self.held and self.turns > 2 else None
         self.pipe.send((seconds, peak))
         if self.pipe.recv() == "stop":
-            os._exit(0)
+            raise SystemExit
         self.synchronize()
         self.start = time.perf_counter()
 
@@ -387,17 +395,22 @@ def worker(pipe, function, size, device, more, tuned):
     quiet = os.open(os.devnull, os.O_WRONLY)  # for progress bars and samples
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    globals()[function](Turn(pipe, device), size, device, *more)
+    try:
+        globals()[function](Turn(pipe, device), size, device, *more)
+    except Exception:
+        pipe.send(traceback.format_exc())
 
 
 def take_turns(ways, size, device, rounds, warm=1):
     """{name: (function, *arguments)} -> {name: [(seconds, peak bytes)] of each round}, after `warm` others."""
     context = multiprocessing.get_context("spawn")
-    pipes, results = {}, {name: [] for name in ways}
+    workers, pipes, results = [], {}, {name: [] for name in ways}
     for name, (function, *more) in ways.items():
         pipes[name], theirs = context.Pipe()
         tuned = not function.startswith(("course", "trl"))
-        context.Process(target=worker, args=(theirs, function, size, device, more, tuned), daemon=True).start()
+        arguments = (theirs, function, size, device, more, tuned)
+        workers.append(context.Process(target=worker, args=arguments, daemon=True))
+        workers[-1].start()
         theirs.close()
         receive(pipes[name], name)  # it is ready
     for number in range(-warm, rounds):
@@ -409,14 +422,19 @@ def take_turns(ways, size, device, rounds, warm=1):
                 results[name].append(result)
     for pipe in pipes.values():
         pipe.send("stop")
+    for process in workers:
+        process.join()
     return results
 
 
 def receive(pipe, name):
     try:
-        return pipe.recv()
+        result = pipe.recv()
     except EOFError:
-        raise runs.UserError(f"{name} stopped; run its function of bench.py by itself to see why") from None
+        raise runs.UserError(f"{name}: its process was killed; not enough memory?") from None
+    if isinstance(result, str):
+        raise runs.UserError(f"{name} failed:\n{result}")
+    return result
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -449,7 +467,8 @@ def works(device, precision, trl, folder):
         ways = {f"ours, {name}": (f"ours_{key}", name) for name in sorted(lower)}
         ways["the course's way, fp32"] = (f"course_{key}",)
         if trl and work != "evaluation":
-            ways[f"TRL {'RLOO' if work == 'REINFORCE' else 'DPO'}, bf16"] = (f"trl_{key}", f"{folder}/{key}")
+            name = "TRL RLOO" if work == "REINFORCE" else "TRL DPO"
+            ways[f"{name}, {precision}"] = (f"trl_{key}", precision, f"{folder}/{key}")
         found[work] = (samples, ways)
     return found
 
@@ -463,7 +482,7 @@ def row(work, name, turns, reference, samples, operations, peak):
     memory = "" if memory is None else f"{memory / 2**20:.0f}"
     share = f"{operations / seconds / peak:.2f}" if name.startswith("ours") else ""
     steps = STEPS if work == "DPO" else 1
-    return f"| {work} | {name} | {seconds / steps:.2f} | {samples / seconds:.1f} | {memory} | {ratio} | {share} |"
+    return f"| {work} | {name} | {seconds / steps:.3g} | {samples / seconds:.1f} | {memory} | {ratio} | {share} |"
 
 
 def main(argv=None):
@@ -478,7 +497,7 @@ def main(argv=None):
 
     import fast
 
-    device, precision = fast.pick_device(args.device, "auto")
+    device, precision = fast.pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"), "auto")
     size = TINY if args.tiny else FULL
     trl = importlib.util.find_spec("trl") is not None
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -488,7 +507,8 @@ def main(argv=None):
         kinds = sorted({"fp32", precision})
         peaks = {kind: ("matmul_peak", kind) for kind in kinds}
         measured = take_turns(peaks, size, device.type, args.rounds)
-        peak = {kind: 20 * 2 * 2048**3 / min(taken for taken, _ in turns) for kind, turns in measured.items()}
+        flops = 20 * 2 * WIDE[device.type] ** 3
+        peak = {kind: flops / min(taken for taken, _ in turns) for kind, turns in measured.items()}
         print("matmul peak: " + ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in peak.items()))
         counts = ", ".join(f"{work} {count / 1e12:.2f}" for work, count in operations.items())
         print(f"necessary arithmetic, TFLOP a turn: {counts}")

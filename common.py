@@ -79,13 +79,14 @@ def sample(model, prompts, length, generator=None, forecasts=None):
 
     No top-k, no temperature: REINFORCE is right only for samples of the distribution that it scores.
     A row ends with its eos, is filled up with eos, and costs nothing from there on. Reproducible with a
-    torch.Generator of the model's device. `forecasts` (B, N, V), if given, keeps the logits drawn from.
+    torch.Generator of the model's device. `forecasts` (B, N, V), of the logits' type, keeps the logits drawn
+    from, if given; after a row's eos it stays as it was.
     """
     eos = model.config.eos_token_id
     tokens = torch.cat([prompts, prompts.new_full((len(prompts), length), eos)], dim=1)
     uniform = torch.rand(length, len(prompts), generator=generator, device=prompts.device)  # in [0, 1)
-    rows = torch.arange(len(prompts), device=prompts.device)  # those that go on
-    cache, new = None, prompts
+    rows = torch.arange(len(prompts), device=prompts.device)  # those that have not ended
+    cache, new = None, prompts  # keys and values of what was fed; what is to be fed
     with autocast(model, prompts.device):
         for column in range(length):
             output = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -99,7 +100,7 @@ def sample(model, prompts, length, generator=None, forecasts=None):
                 rows, drawn = rows[going], drawn[going]
                 if not len(rows):
                     break
-                cache.batch_select_indices(going.nonzero().squeeze(1))
+                cache.batch_select_indices(going.nonzero().squeeze(1))  # its row i is now tokens[rows[i]]
             new = drawn.unsqueeze(1)
     return tokens
 
@@ -109,8 +110,8 @@ def draw(logits, uniform):
 
     The number is looked up in the cumulative distribution: word v owns the interval between the sums without
     and with it, so a word of probability 0 owns nothing and is never drawn. In fp32 the intervals of GPT-2's
-    50,257 words are rounded: all together, 0.0003 of the probability stands with another word. Where logits
-    are nan the draw means nothing; what follows is nan too, and stops the run.
+    50,257 words are rounded: all together, 0.0003 of the probability stands with another word (measured on a
+    CPU). Where logits are nan the draw means nothing; what follows is nan too, and stops the run.
     """
     cumulative = logits.float().softmax(dim=-1).cumsum_(dim=-1)
     target = uniform.unsqueeze(1) * cumulative[:, -1:]  # in fp32 the probabilities add up to nearly 1 only

@@ -138,8 +138,8 @@ def widths(pairs):
 def all_logps(model, pairs, batch_size, desc):
     """List of n Pairs -> (n, 2) on the CPU: chosen and rejected log-probs, without a graph."""
     logps = torch.empty(len(pairs), 2)
-    batches = widths(pairs).argsort(stable=True).split(batch_size)  # of like lengths: little padding
-    for rows in tqdm(batches, desc=desc, unit="batch", dynamic_ncols=True):
+    longest_first = widths(pairs).argsort(descending=True, stable=True)  # like lengths together: little padding
+    for rows in tqdm(longest_first.split(batch_size), desc=desc, unit="batch", dynamic_ncols=True):
         logps[rows] = torch.stack(pair_logps(model, [pairs[row] for row in rows]), dim=1).cpu()
     return logps
 
@@ -151,7 +151,7 @@ def accuracy(margins):
 
 def on_test_pairs(policy, pairs, reference_logps, run):
     """Loss, accuracy and margin over the test pairs, with the names they have in eval.json."""
-    logps = all_logps(policy, pairs, run.args.batch_size, "test pairs")
+    logps = all_logps(policy, pairs, run.args.micro_batch or run.args.batch_size, "test pairs")
     losses, margins = dpo_loss(*logps.T, *reference_logps.T, run.args.beta)
     if not losses.isfinite().all():
         raise runs.UserError("a test pair's loss is not finite: the policy is broken; try a lower --lr")
@@ -176,13 +176,13 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
             ref_logps = reference_logps["train"][rows].to(device).T  # (2, B): chosen, rejected
 
             optimizer.zero_grad()
-            columns = []
+            found = []
             for part, share in parts(len(rows), args.micro_batch):  # one part with all rows, but for --micro-batch
                 logps = pair_logps(policy, [pairs["train"][row] for row in rows[part]])  # (B,), (B,)
                 losses, margins = dpo_loss(*logps, *ref_logps[:, part], args.beta)
-                (share * losses.mean()).backward()
-                columns.append(torch.stack([losses, margins, *logps]).detach())
-            losses, margins, chosen_logps, rejected_logps = torch.cat(columns, dim=1)
+                (share * losses.mean()).backward()  # adds to .grad: in the end, the gradient of the whole batch's mean
+                found.append(torch.stack([losses, margins, *logps]).detach())  # (4, B), B of this part
+            losses, margins, chosen_logps, rejected_logps = torch.cat(found, dim=1)
             loss = losses.mean()
             grad_norm = checked_grad_norm(step, loss, policy)
             optimizer.step()
@@ -204,6 +204,7 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
 
 def main(argv=None):
     flags = runs.training_flags(runs.parser(__doc__), batch_size=16, lr=5e-7, epochs=2)
+    flags.set_defaults(precision="fp32")  # at this lr weights move less than bf16 can see: README, "Speed"
     add = flags.add_argument
     add("--pairs", default=runs.COURSE["pairs"], help="hub name or local folder (%(default)s)")
     add("--beta", type=runs.positive, default=0.1, help="hold of the original: larger moves less (%(default)s)")
@@ -224,7 +225,8 @@ def main(argv=None):
     run.start(str(device), precision)
     reference_logps = {}
     for split, rows in pairs.items():
-        reference_logps[split] = all_logps(reference, rows, args.batch_size, f"reference, {split} pairs")
+        size = args.micro_batch or args.batch_size
+        reference_logps[split] = all_logps(reference, rows, size, f"reference, {split} pairs")
     tested = train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run)
     run.save_model(policy, tokenizer)
     run.finish(**evaluate(policy, reference, tokenizer, scorer, test_prompts, run), **tested)

@@ -5,7 +5,11 @@ parts. Nothing here changes what is computed: test_losses.py holds every piece t
 worth: README, "Speed".
 """
 
+import types
+
 import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from transformers.activations import NewGELUActivation
 
 from runs import UserError
@@ -33,8 +37,10 @@ def fast_bf16(device):
     """True if the device multiplies in bf16; where it only emulates that, fp32 is faster."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
-    processor = torch.cpu.get_capabilities()
-    return device.type == "cpu" and any(processor.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type != "cpu":
+        return False
+    processor = getattr(torch.cpu, "get_capabilities", dict)()  # older torch: not known, so fp32
+    return any(processor.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def prepare(model, precision):
@@ -45,8 +51,31 @@ def prepare(model, precision):
     if model.device.type == "cpu":  # for rows this short, plain matrix products beat the fused attention
         model.set_attn_implementation("eager")
     model.bf16 = precision == "bf16"
-    model.forward = autocast(model, model.device)(model.forward)  # a call of the model is a call under autocast
+    if model.bf16:  # from here on, a call of the model is a call under autocast, for a deepcopy too
+        model.forward = types.MethodType(autocast(model, model.device)(type(model).forward), model)
+        head = model.get_output_embeddings()
+        if type(head) is torch.nn.Linear and head.bias is None:
+            head.register_buffer("middle", head.weight.detach().mean(dim=0), persistent=False)
+            head.__class__ = CentredHead
     return model
+
+
+class CentredHead(torch.nn.Linear):
+    """A language model's last product in bf16, less the same number for all words, which no softmax sees.
+
+    GPT-2's logits lie far below 0 all together. Near -100 bf16 has steps of 0.5: rounded there, they would be another
+    distribution. Around 0 its steps are small. What is taken off is the forecast of the average word, whose
+    weights are `middle`; any vector would do, so it need not follow the training.
+    """
+
+    kept, version = None, None  # the bf16 weights, and the version of the fp32 ones that they were made of
+
+    def forward(self, hidden):
+        if torch.is_grad_enabled():
+            return F.linear(hidden, (self.weight - self.middle).bfloat16())
+        if self.version != self.weight._version:  # the optimizer's step counts it up
+            self.kept, self.version = (self.weight - self.middle).bfloat16(), self.weight._version
+        return F.linear(hidden, self.kept)
 
 
 def autocast(model, device):
@@ -66,20 +95,21 @@ class LogpsAndKL(torch.autograd.Function):
 
         d log p(k) / dz_v = [v = k] - p_v           d KL / dz_v = p_v * (log p_v - log q_v - KL)
 
-    A few forecasts at a time, so that what is as wide as the vocabulary stays in the processor's cache. None
-    of it is kept: backward computes it again, which is cheaper than to fetch it from memory.
+    M = B * N, a few of them at a time, so that what is as wide as the vocabulary stays in the processor's cache.
+    None of it is kept: backward computes it again, which is cheaper than to fetch it from memory.
     """
 
     @staticmethod
     def pieces(logits, ref_logits):
-        """Yields rows, (m, V) log p, (m, V) log p - log q, of as many forecasts as fill 4 MB."""
-        size = max(1, 2**20 // logits.shape[1])
+        """Yields rows, (m, V) log p, (m, V) log p - log q: new tensors, which the caller may overwrite."""
+        on_cpu = logits.device.type == "cpu"
+        size = max(1, (2**20 if on_cpu else 2**26) // logits.shape[1])  # 4 MB; a GPU wants fewer, larger pieces
         for first in range(0, len(logits), size):
             rows = slice(first, first + size)
             logp = logits[rows].float().log_softmax(dim=-1)
             logq = logp if ref_logits is None else ref_logits[rows].float().log_softmax(dim=-1)
             log_ratio = logp - logq
-            if logp.amin() == -torch.inf:  # rare, and cheaper to look for than to mask for nothing
+            if not on_cpu or logp.amin() == -torch.inf:  # rare, and cheaper to look for than to mask for nothing
                 log_ratio.masked_fill_(logp == -torch.inf, 0.0)
             yield rows, logp, log_ratio
 
@@ -93,11 +123,13 @@ class LogpsAndKL(torch.autograd.Function):
         return logps, kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logps, grad_kl):
         logits, tokens, ref_logits, kl = ctx.saved_tensors
         words = logits.shape[1]
         grad = logits.new_empty(len(logits), words + -words % 64)[:, :words]  # aligned rows: faster products with it
         for rows, logp, log_ratio in LogpsAndKL.pieces(logits, ref_logits):
+            # grad_kl * p * (log_ratio - KL) + grad_logps * ([v = k] - p), where p takes log p's place:
             dz = log_ratio.sub_(kl[rows]).mul_(grad_kl[rows]).sub_(grad_logps[rows]).mul_(logp.exp_())
             grad[rows] = dz.scatter_add_(dim=-1, index=tokens[rows], src=grad_logps[rows])
         return grad, None, None

@@ -88,14 +88,15 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
             optimizer.zero_grad()
             loss = kl = 0.0
             for part, share in parts(len(tokens), args.micro_batch):  # one part with all rows, but for --micro-batch
-                logits = completion_logits(policy, tokens[part], args.completion_len)  # (B, N, V)
+                logits = completion_logits(policy, tokens[part], args.completion_len)  # (B, N, V), B of this part
                 with torch.no_grad():
                     ref_logits = completion_logits(reference, tokens[part], args.completion_len)
                 logps, kls = logps_and_kl(logits, completions[part], ref_logits)  # (B, N), (B, N)
                 part_kl = masked_sum(kls, mask[part]).mean()  # nats per completion
                 part_loss = reinforce_loss(logps, mask[part], advantage[part]) + args.alpha * part_kl
-                (share * part_loss).backward()
+                (share * part_loss).backward()  # adds to .grad: in the end, the gradient of the whole batch's mean
                 loss, kl = loss + share * part_loss.detach(), kl + share * part_kl.detach()
+                del logits, ref_logits  # the largest tensors, before the next ones are made
             grad_norm = checked_grad_norm(step, loss, policy)
             optimizer.step()
 

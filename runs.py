@@ -90,7 +90,8 @@ def parser(description):
     add("--overwrite", action="store_true", help="replace a finished run in --out")
     add("--seed", type=number(int, 0), default=0, help="whole number that all random draws come from (0)")
     add("--device", choices=("cuda", "mps", "cpu"), help="where to compute (the first of these that is there)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 where it is fast (%(default)s)")
+    precisions = ("auto", "fp32", "bf16")
+    add("--precision", choices=precisions, default="auto", help="auto: bf16 where it is fast (%(default)s)")
     add("--policy", default=COURSE["policy"], help="language model: hub name or local folder (%(default)s)")
     add("--reference", help="original model for the KL (reward.py: the course's; training: --policy)")
     add("--reward-model", default=COURSE["reward_model"], help="classifier: name or folder (%(default)s)")
@@ -108,7 +109,7 @@ def training_flags(flags, batch_size, lr, epochs):
     """The flags of the two training scripts, with their defaults."""
     add = flags.add_argument
     add("--batch-size", type=count, default=batch_size, metavar="B", help="rows a step (%(default)s)")
-    add("--micro-batch", type=count, metavar="B", help="rows at a time, to need less memory (the whole batch)")
+    add("--micro-batch", type=count, metavar="B", help="rows or pairs in memory at a time (the whole batch)")
     add("--lr", type=positive, default=lr, help="AdamW's learning rate (%(default)s)")
     add("--epochs", type=count, default=epochs, help="times through the training rows (%(default)s)")
     return flags
