@@ -28,6 +28,7 @@ PAIRS, STEPS, LONGEST = 16, 2, 128  # DPO: pairs a step, steps a turn, tokens of
 TESTED = 64  # prompts of an evaluation
 EPOCHS = 2  # the reference's log-probs, computed once, serve so many epochs of DPO
 ALPHA, BETA = 0.02, 0.1
+TURNS = {"REINFORCE": (4, 3), "DPO": (1, 2), "evaluation": (1, 3)}  # to warm up, until memory is laid out; counted
 WIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the machine's peak
 
 FULL = {"policy": {"n_layer": 6}, "scorer": {}, "words": 50_257, "scorer_words": 30_522}
@@ -169,6 +170,16 @@ def ours_evaluation(turn, size, device, precision):
         reward.evaluate(*models, new_prompts(size, TESTED), Stub(turn))
 
 
+def ours_baseline(turn, size, device, precision):
+    """Section 1: the policy is its own reference, so the KL costs no second model."""
+    import reward
+
+    policy, _, tokenizer, scorer = ours(size, device, precision)
+    while True:
+        turn()
+        reward.evaluate(policy, policy, tokenizer, scorer, new_prompts(size, TESTED), Stub(turn))
+
+
 # ---- the course's way: what a good notebook does -----------------------------------------------------------
 
 
@@ -251,7 +262,7 @@ def course_dpo(turn, size, device):
 
 
 def course_evaluation(turn, size, device):
-    """Rewards only: the course's evaluation has no KL, ours has."""
+    """Rewards only: the course's evaluation has no KL."""
     policy, _, scorer, tokenizer, scorer_tokenizer, _ = course(size, device)
     while True:
         turn()
@@ -466,6 +477,8 @@ def works(device, precision, trl, folder):
         key = work.lower()
         ways = {f"ours, {name}": (f"ours_{key}", name) for name in sorted(lower)}
         ways["the course's way, fp32"] = (f"course_{key}",)
+        if work == "evaluation":
+            ways[f"ours, section 1, {precision}"] = ("ours_baseline", precision)
         if trl and work != "evaluation":
             name = "TRL RLOO" if work == "REINFORCE" else "TRL DPO"
             ways[f"{name}, {precision}"] = (f"trl_{key}", precision, f"{folder}/{key}")
@@ -480,7 +493,7 @@ def row(work, name, turns, reference, samples, operations, peak):
     ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
     memory = max((held for _, held in turns if held is not None), default=None)
     memory = "" if memory is None else f"{memory / 2**20:.0f}"
-    share = f"{operations / seconds / peak:.2f}" if name.startswith("ours") else ""
+    share = f"{operations / seconds / peak:.2f}" if name in ("ours, bf16", "ours, fp32") else ""
     steps = STEPS if work == "DPO" else 1
     return f"| {work} | {name} | {seconds / steps:.3g} | {samples / seconds:.1f} | {memory} | {ratio} | {share} |"
 
@@ -488,7 +501,7 @@ def row(work, name, turns, reference, samples, operations, peak):
 def main(argv=None):
     flags = runs.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--device", choices=("cuda", "cpu"), help="where to compute (cuda if it is there)")
-    flags.add_argument("--rounds", type=runs.count, default=3, help="turns of each way (%(default)s)")
+    flags.add_argument("--rounds", type=runs.count, help="counted turns of each way (3; DPO 2)")
     flags.add_argument("--work", choices=("REINFORCE", "DPO", "evaluation"), help="only this one (all three)")
     flags.add_argument("--tiny", action="store_true", help="small models: to see that it works")
     args = flags.parse_args(argv)
@@ -506,7 +519,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         kinds = sorted({"fp32", precision})
         peaks = {kind: ("matmul_peak", kind) for kind in kinds}
-        measured = take_turns(peaks, size, device.type, args.rounds)
+        measured = take_turns(peaks, size, device.type, 3)
         flops = 20 * 2 * WIDE[device.type] ** 3
         peak = {kind: flops / min(taken for taken, _ in turns) for kind, turns in measured.items()}
         print("matmul peak: " + ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in peak.items()))
@@ -517,8 +530,8 @@ def main(argv=None):
         for work, (samples, ways) in works(device.type, precision, trl, folder).items():
             if args.work not in (None, work):
                 continue
-            warm = 4 if work == "REINFORCE" else 2  # until memory is laid out
-            results = take_turns(ways, size, device.type, args.rounds, warm)
+            warm, rounds = TURNS[work]
+            results = take_turns(ways, size, device.type, args.rounds or rounds, warm)
             reference = results[f"ours, {precision}"]
             for way, turns in results.items():
                 best = peak["fp32" if way.endswith("fp32") else precision]
