@@ -63,8 +63,8 @@ def prepare(model, precision):
 class CentredHead(torch.nn.Linear):
     """A language model's last product in bf16, less the same number for all words, which no softmax sees.
 
-    GPT-2's logits lie far below 0 all together. Near -100 bf16 has steps of 0.5: rounded there, they would be another
-    distribution. Around 0 its steps are small. What is taken off is the forecast of the average word, whose
+    A model's logits may lie far from 0 all together. Near -100 bf16 has steps of 0.5: rounded there, they would be
+    another distribution. Around 0 its steps are small. What is taken off is the forecast of the average word, whose
     weights are `middle`; any vector would do, so it need not follow the training.
     """
 

@@ -470,7 +470,7 @@ def test_a_prepared_model_computes_the_same(model):
 
 
 def test_logits_far_from_zero_keep_their_distribution_in_bf16(model):
-    # GPT-2's kind: the words' weights have a common part, and logits are near -100, where bf16 has steps of 0.5. Two
+    # The words' weights have a common part, and logits are near -100, where bf16 has steps of 0.5. Two
     # words whose logits differ by 0.1 would become equal. Taking the common part off leaves differences as they are.
     policy = copy.deepcopy(model)
     with torch.no_grad():
