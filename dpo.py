@@ -190,6 +190,8 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
             seconds = time.perf_counter() - start
             run.log(step=step, loss=loss.item(), accuracy=accuracy(margins).item(), margin=margins.mean().item(),
                     chosen_logp=chosen_logps.mean().item(), rejected_logp=rejected_logps.mean().item(),
+                    chosen_logratio=(chosen_logps - ref_logps[0]).mean().item(),
+                    rejected_logratio=(rejected_logps - ref_logps[1]).mean().item(),
                     grad_norm=grad_norm, seconds=seconds)
             loop.set_postfix(loss=f"{loss.item():.4f}", accuracy=f"{accuracy(margins).item():.2f}")
             if step % SAMPLE_EVERY == 0:

@@ -145,8 +145,11 @@ def test_the_dpo_run_folder(finished):
     tests, steps = [row for row in metrics if "epoch" in row], [row for row in metrics if "step" in row]
     assert [row["epoch"] for row in tests] == [0, 1, 2] and "epoch" in metrics[0] and "epoch" in metrics[-1]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]  # 20 pairs: 8 + 8 + 4, twice
-    keys = ["step", "loss", "accuracy", "margin", "chosen_logp", "rejected_logp", "grad_norm", "seconds"]
-    assert all(list(row) == keys for row in steps)
+    keys = ["step", "loss", "accuracy", "margin", "chosen_logp", "rejected_logp", "chosen_logratio"]
+    assert all(list(row) == [*keys, "rejected_logratio", "grad_norm", "seconds"] for row in steps)
+    for row in steps:  # beta is 0.1; at the start nothing has moved
+        assert row["margin"] == pytest.approx(0.1 * (row["chosen_logratio"] - row["rejected_logratio"]), abs=1e-5)
+    assert steps[0]["chosen_logratio"] == pytest.approx(0, abs=1e-4) != steps[3]["chosen_logratio"]
     assert tests[0]["test_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     # The second time through its pairs it knows them: 0.33 to 0.60 for six seeds. Seven test pairs show nothing.
