@@ -14,7 +14,7 @@ import zlib
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fast import autocast, prepare
+from fast import cast_once, prepare
 from runs import UserError, load_columns, loading
 
 # ---- log-probabilities -------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def sample(model, prompts, length, generator=None, forecasts=None):
     uniform = torch.rand(length, len(prompts), generator=generator, device=prompts.device)  # in [0, 1)
     rows = torch.arange(len(prompts), device=prompts.device)  # those that have not ended
     cache, new = None, prompts  # keys and values of what was fed; what is to be fed
-    with autocast(model, prompts.device):
+    with cast_once(model, prompts.device):
         for column in range(length):
             output = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, logits = output.past_key_values, output.logits[:, -1]

@@ -5,6 +5,7 @@ parts. Nothing here changes what is computed: test_losses.py holds every piece t
 worth: README, "Speed".
 """
 
+import contextlib
 import types
 
 import torch
@@ -68,23 +69,36 @@ class CentredHead(torch.nn.Linear):
     weights are `middle`; any vector would do, so it need not follow the training.
     """
 
-    kept, version = None, None  # the bf16 weights, and the version of the fp32 ones that they were made of
+    kept = None  # the bf16 weights, inside of cast_once only
+
+    def cast(self):
+        return (self.weight - self.middle).bfloat16()
 
     def forward(self, hidden):
-        if torch.is_grad_enabled():
-            return F.linear(hidden, (self.weight - self.middle).bfloat16())
-        if self.version != self.weight._version:  # the optimizer's step counts it up
-            self.kept, self.version = (self.weight - self.middle).bfloat16(), self.weight._version
-        return F.linear(hidden, self.kept)
+        return F.linear(hidden, self.cast() if self.kept is None else self.kept)
 
 
 def autocast(model, device):
-    """The context in which a model prepared for "bf16" computes; for any other model it does nothing.
-
-    Around several calls it casts each weight once and not once a call. Without gradients only: a copy that
-    was made without one would hide the weight from a later backward.
-    """
+    """The context in which a model prepared for "bf16" computes; for any other model it does nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=getattr(model, "bf16", False))
+
+
+@contextlib.contextmanager
+def cast_once(model, device):
+    """Around several calls of a model prepared for "bf16": casts each weight once and not once a call.
+
+    Without gradients only: a copy that was made without one would hide the weight from a later backward. The
+    copies end with the context. Nothing tells when a weight has changed: a fused AdamW does not count its version.
+    """
+    head = model.get_output_embeddings() if getattr(model, "bf16", False) else None
+    with autocast(model, device):
+        if isinstance(head, CentredHead):
+            head.kept = head.cast()
+        try:
+            yield
+        finally:
+            if isinstance(head, CentredHead):
+                head.kept = None
 
 
 # ---- log-probs and KL in one go ----------------------------------------------------------------------------

@@ -514,6 +514,27 @@ def test_a_deepcopy_of_a_prepared_model_has_weights_of_its_own(model, precision)
         assert policy(tokens).logits.tolist() == before.tolist()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_sampled_from_is_what_is_scored_after_every_step_of_the_optimizer(model, precision):
+    # Whatever copy of the weights sampling makes must end with it: a fused AdamW changes weights without counting
+    # their version up, so a copy that is kept by version would stay what the weights were before training.
+    policy = fast.prepare(copy.deepcopy(model), precision)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, weight_decay=0.0, fused=True)
+    prompts, drawn = torch.ones(2, 3, dtype=torch.long), []
+    for step in range(3):
+        forecasts = torch.zeros(2, 4, 11, dtype=torch.bfloat16 if precision == "bf16" else None)
+        tokens = common.sample(policy, prompts, 4, common.seeded(step, "test"), forecasts)
+        mask = common.completion_mask(tokens[:, 3:], EOS)
+        logits = common.completion_logits(policy, tokens, 4)
+        sampled, scored = (some.float().log_softmax(-1)[mask] for some in (forecasts, logits))
+        drawn.append(sampled[0].clone())
+        torch.testing.assert_close(sampled, scored, atol=0.1 if precision == "bf16" else 1e-4, rtol=0)
+        common.masked_sum(fast.logps_and_kl(logits, tokens[:, 3:])[0], mask).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (drawn[2] - drawn[0]).abs().max() > 1  # the steps were large
+
+
 def test_sampling_in_bf16_leaves_no_weight_without_a_gradient(model):
     # autocast keeps the bf16 copies that sampling made without a graph; a later forward must not find them.
     policy = fast.prepare(copy.deepcopy(model), "bf16")
