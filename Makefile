@@ -6,6 +6,13 @@ RUNS = runs/course
 ALPHA = 0.02
 BETA = 0.1
 
+# What `make sweep` and `make seeds` add. An alpha is the reward that a nat of a whole completion's KL costs.
+ALPHAS = 0 0.02 0.1 0.5 2
+LOOS = 0.02
+BETAS = 0.1 0.25 0.4 0.5 0.1-lr-5e-5
+SEEDS = 1 2
+SAMPLES = samples-32
+
 # Hub names or local folders; empty: the names that the course uses.
 POLICY =
 REWARD_MODEL =
@@ -23,6 +30,9 @@ ifneq ($(filter demo,$(MAKECMDGOALS)),)
 RUNS = runs/toy
 ALPHA = 0.1
 BETA = 0.1
+ALPHAS = 0 0.02 0.1 0.3 1
+LOOS =
+BETAS = 0.02 0.1 0.25 0.5 0.1-lr-5e-7
 WORLD = build/toy
 POLICY = $(WORLD)/policy
 REWARD_MODEL = $(WORLD)/reward_model
@@ -33,13 +43,16 @@ SUITED_REINFORCE = --advantage loo --batch-size 32 --lr 5e-4
 SUITED_DPO = --batch-size 16 --lr 5e-5 --max-len 128
 # Spin shorter while a thread waits (Linux): a fifth slower alone, five times faster beside another busy program.
 export GOMP_SPINCOUNT = 10000
-ifneq ($(filter baseline reinforce dpo plot,$(MAKECMDGOALS)),)
-$(error make demo goes alone: it makes its own runs, and other targets would get its settings)
+ifneq ($(filter baseline reinforce dpo,$(MAKECMDGOALS)),)
+$(error make demo makes its own runs, and these targets would get its settings; with it go sweep, seeds and report)
 endif
 endif
 NEEDED = $(VENV) $(addsuffix /world.json,$(WORLD))
-DEMO = $(patsubst %,$(RUNS)/%/eval.json,baseline alpha-0 alpha-$(ALPHA) beta-$(BETA) $(MORE))
-MISSING := $(filter-out $(wildcard $(DEMO) $(RUNS)/summary.txt),$(DEMO) $(RUNS)/summary.txt)
+
+finished = $(patsubst %,$(RUNS)/%/eval.json,$1)
+MAIN = baseline alpha-0 alpha-$(ALPHA) beta-$(BETA)
+SWEEP = $(MAIN) $(ALPHAS:%=alpha-%) $(LOOS:%=loo-%) $(BETAS:%=beta-%) $(SAMPLES)
+REPORT = $(PYTHON) report.py $(RUNS)
 
 # Without PYTHON=..., make builds an environment of its own in .venv; with it, that interpreter is used as it is.
 ifeq ($(origin PYTHON),undefined)
@@ -56,25 +69,38 @@ flag = $(if $2,$1 "$2")
 MODELS = $(call flag,--policy,$(POLICY)) $(call flag,--reference,$(POLICY)) \
          $(call flag,--reward-model,$(REWARD_MODEL)) $(call flag,--prompts,$(PROMPTS)) $(SUITED)
 
-.PHONY: help demo baseline reinforce dpo plot venv test lint bench clean
-.PRECIOUS: $(WORLD)/world.json $(DEMO)  # written whole: an interrupted make must not delete them
+.PHONY: help demo baseline reinforce dpo sweep seeds samples report readme venv test lint bench clean
+.PRECIOUS: $(WORLD)/world.json $(RUNS)/%/eval.json  # written whole: an interrupted make must not delete them
 
 help: ## list the targets (this)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(RUNS)/summary.txt ## the whole lesson in a small world made here: offline, minutes, two cores
-	@$(if $(MISSING),,cat $<; echo; echo "Nothing had to be run: runs of these names are in $(RUNS). For other FLAGS or a new world: RUNS=another/folder")
+demo: $(call finished,$(MAIN) $(SAMPLES) $(MORE)) ## the whole lesson in a small world made here: offline, minutes, two cores
+	@$(if $(filter sweep seeds report,$(MAKECMDGOALS)),:,$(REPORT) --expect $(MAIN) $(SAMPLES) $(MORE))
 
-baseline: $(RUNS)/baseline/eval.json ## section 1: evaluate the untouched policy
+baseline: $(call finished,baseline) ## section 1: evaluate the untouched policy
 
-reinforce: $(RUNS)/alpha-0/eval.json $(RUNS)/alpha-$(ALPHA)/eval.json ## sections 2, 3: REINFORCE without and with the KL
-	$(PYTHON) plot.py $(RUNS)
+reinforce: $(call finished,alpha-0 alpha-$(ALPHA)) ## sections 2, 3: REINFORCE without and with the KL
+	@$(REPORT)
 
-dpo: $(RUNS)/beta-$(BETA)/eval.json ## section 4: DPO
-	$(PYTHON) plot.py $(RUNS)
+dpo: $(call finished,beta-$(BETA)) ## section 4: DPO
+	@$(REPORT)
 
-plot: | $(VENV) ## figures of the runs in RUNS, finished or not
-	$(PYTHON) plot.py $(RUNS)
+sweep: $(call finished,$(SWEEP) $(MORE)) ## all ALPHAS, BETAS and what is possible (make demo sweep: in the small world)
+	@$(REPORT) --expect $(SWEEP) $(MORE)
+
+seeds: $(call finished,$(MAIN)) ## the main runs with two more seeds (make demo seeds: in the small world)
+	@for seed in $(SEEDS); do $(MAKE) --no-print-directory $(or $(filter demo,$(MAKECMDGOALS)),baseline reinforce dpo) \
+	    RUNS=$(RUNS)/seed-$$seed FLAGS="$(FLAGS) --seed $$seed" SAMPLES= || exit; done
+	@$(REPORT)
+
+samples: $(call finished,$(SAMPLES)) ## of the untouched policy, 32 a prompt: for best-of-n and the limit
+
+report: | $(VENV) ## results.md and the figures, of all runs in RUNS, finished or not
+	@$(REPORT) --expect $(SWEEP)
+
+readme: | $(VENV)  # puts RUNS' tables and figures into README.md, where it has places for them
+	@$(REPORT) --readme README.md
 
 $(RUNS)/baseline/eval.json: | $(NEEDED)
 	$(PYTHON) reward.py $(MODELS) $(FLAGS) --out $(@D)
@@ -93,8 +119,9 @@ $(RUNS)/beta-%/eval.json: | $(NEEDED)
 	$(PYTHON) dpo.py $(MODELS) $(call flag,--pairs,$(PAIRS)) $(SUITED_DPO) --beta $(settings) \
 	    $(FLAGS) $(DPO_FLAGS) --out $(@D)
 
-$(RUNS)/summary.txt: $(DEMO)
-	$(PYTHON) plot.py $(@D)
+# 500 prompts, whatever FLAGS say of the other runs: times 32 that is as much as 16,000.
+$(RUNS)/samples-%/eval.json: | $(NEEDED)
+	$(PYTHON) reward.py $(MODELS) $(FLAGS) --samples-per-prompt $* --eval-limit 500 --out $(@D)
 
 $(WORLD)/world.json: | $(VENV)
 	$(PYTHON) toy.py --out $(@D)
@@ -121,7 +148,7 @@ NEW = import sys; sys.exit(sys.version_info < (3, 11))
 	@touch $@
 
 test: | $(DEV) ## everything that CI runs but lint; no network, no GPU
-	$(PYTHON) -m pytest -q test_losses.py test_runs.py
+	$(PYTHON) -m pytest -q test_losses.py test_report.py test_runs.py
 
 lint: | $(DEV) ## style and unused names
 	$(PYTHON) -m ruff check .

@@ -1,18 +1,11 @@
-"""Figures and a table of all runs in a folder; an unfinished run is drawn as far as it is.
+"""The report's figures, each of a list of tables.Run: training curves, and the reward-KL frontier.
 
-    python plot.py runs/course        # writes reinforce.png, dpo.png and summary.txt beside the runs
-
-reinforce.png: reward and KL of each batch against the step. dpo.png: training loss of each batch, test loss
-after each epoch, and ln 2, where every DPO run starts. Faint: each step. Strong: mean over 25 steps, or fewer
-in a short run. summary.txt: the finished runs' results, and the same prompts continued by every policy.
+Faint: each step. Strong: the mean of 25 steps, or of fewer in a short run. Colours are Okabe and Ito's, which
+colour-blind readers can tell apart; markers and dashes say the same again. `python report.py` draws them.
 """
 
-import argparse
-import contextlib
-import json
+import itertools
 import math
-import textwrap
-from pathlib import Path
 
 import matplotlib
 
@@ -20,11 +13,16 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-import runs
+import measures
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKS = {  # of the frontier: colour and marker of each method
+    "REINFORCE": ("#0072B2", "o"),
+    "REINFORCE, leave-one-out": ("#009E73", "s"),
+    "DPO": ("#D55E00", "D"),
+    "evaluated": ("#CC79A7", "v"),
+}
 WINDOW = 25  # steps in the running mean
-PROMPTS = 3  # in summary.txt
 
 
 def running_mean(steps, values, window=WINDOW):
@@ -34,119 +32,136 @@ def running_mean(steps, values, window=WINDOW):
     return np.convolve(steps, np.ones(window) / window, mode="valid"), means
 
 
-def draw(axes, rows, key, colour, label):
+def draw(axes, run, key, colour, label=None, faint=True, scale=1.0, style="-"):
     """One metric of one run against the step."""
-    steps, values = [row["step"] for row in rows], [row[key] for row in rows]
-    axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-    axes.plot(*running_mean(steps, values), color=colour, linewidth=1.8, label=label)
+    rows = [row for row in run.metrics if "step" in row and key in row]
+    if rows:
+        steps, values = [row["step"] for row in rows], [scale * row[key] for row in rows]
+        if faint:
+            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+        axes.plot(*running_mean(steps, values), style, color=colour, linewidth=1.8, label=label)
 
 
-def reinforce_figure(found):
-    """{run's name: rows} -> a figure of reward and KL, all runs in both panels."""
+def tested(run, key, scale=1.0):
+    """A DPO run's test numbers -> the steps that were done when each was measured, and the numbers."""
+    done, values, step = [], [], 0
+    for row in run.metrics:
+        step = row.get("step", step)
+        if key in row:
+            done.append(step)
+            values.append(scale * row[key])
+    return done, values
+
+
+def reinforce_figure(runs):
+    """Reward and KL, all runs in both panels: a colour for each alpha, dashed where the reward has a baseline."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for (name, rows), colour in zip(found.items(), COLOURS * len(found), strict=False):
-        draw(left, rows, "reward", colour, name)
-        draw(right, rows, "kl", colour, name)
+    colours = dict(zip(dict.fromkeys(run.flags["alpha"] for run in runs), itertools.cycle(COLOURS), strict=False))
+    mixed = len({run.method for run in runs}) > 1
+    for run in runs:
+        style = "--" if mixed and "leave" in run.method else "-"
+        for axes, key in ((left, "reward"), (right, "kl")):
+            draw(axes, run, key, colours[run.flags["alpha"]], run.name, len(runs) < 4, style=style)
     left.set(xlabel="step", ylabel="reward, P(positive), mean of the batch", ylim=(0, 1))
     right.set_yscale("symlog", linthresh=1)  # even up to 1 nat, logarithmic above: a collapse is 100 nats away
     right.set(xlabel="step", ylabel="KL to the original, nats per completion", ylim=(0, None))
     right.yaxis.set_major_formatter("{x:g}")
-    left.legend(loc="lower right")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
-def dpo_figure(found):
-    """{run's name: rows} -> a figure of training and test loss, one panel a run, all to the same scale."""
-    size = {"figsize": (5 * len(found), 3.8), "layout": "constrained"}
-    figure, panels = plt.subplots(1, len(found), squeeze=False, sharey=True, **size)
-    for (name, rows), axes, colour in zip(found.items(), panels[0], COLOURS * len(found), strict=False):
-        trained = [row for row in rows if "step" in row]
-        if trained:
-            draw(axes, trained, "loss", colour, "training (faint: each batch)")
-        done = [sum("step" in before for before in rows[:i]) for i, row in enumerate(rows) if "epoch" in row]
-        tested = [row["test_loss"] for row in rows if "epoch" in row]
-        axes.plot(done, tested, "o", color="black", label="test, after each epoch")
+def dpo_figure(runs):
+    """Training and test loss, a panel for each run. Losses of different betas do not compare, so each has its scale."""
+    columns = min(3, len(runs))
+    lines = math.ceil(len(runs) / columns)
+    size = {"figsize": (max(4 * columns, 6), 3.4 * lines), "layout": "constrained"}
+    figure, panels = plt.subplots(lines, columns, squeeze=False, **size)
+    for axes in panels.flat[len(runs) :]:
+        axes.set_axis_off()
+    for run, axes, colour in zip(runs, panels.flat, itertools.cycle(COLOURS), strict=False):
+        draw(axes, run, "loss", colour, "training (faint: each batch)")
+        axes.plot(*tested(run, "test_loss"), "o", color="black", label="test, after each epoch")
         axes.axhline(math.log(2), color="grey", linestyle="--", linewidth=1, label="ln 2: policy = reference")
-        axes.set(xlabel="step", ylabel="DPO loss", title=name)
-        axes.legend(loc="lower left")
+        axes.set(xlabel="step", ylabel="DPO loss", title=run.name)
+        axes.yaxis.set_major_formatter("{x:.3g}")
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
-def finished_runs(folder):
-    """-> {run's name: its flags and its results} of the runs with an eval.json: baseline, REINFORCE, DPO."""
-    found = {}
-    for path in folder.glob("*/eval.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a folder that is no run's
-            config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-            found[path.parent.name] = config["flags"] | json.loads(path.read_text(encoding="utf-8"))
-
-    def place(item):
-        flags = item[1]
-        return "beta" in flags, flags.get("beta", flags.get("alpha", -1)), item[0]
-
-    return dict(sorted(found.items(), key=place))
-
-
-def method(flags):
-    """A run's flags -> what was done, in words."""
-    if "beta" in flags:
-        return "DPO"
-    if "alpha" in flags:
-        return "REINFORCE, leave-one-out" if flags["advantage"] == "loo" else "REINFORCE"
-    original = flags["reference"] or runs.COURSE["policy"]
-    return "untouched" if flags["policy"] == original else "evaluated"
-
-
-def table(found):
-    """{run's name: flags and results} -> lines of text with the columns aligned."""
-    rows = [("run", "method", "test reward", "n", "KL, nats", "distinct-2", "test loss")]
-    for name, run in found.items():
-        reward = f"{run['reward']:.3f}" + (f" ± {run['reward_se']:.3f}" if run["reward_se"] is not None else "")
-        numbers = [f"{run[key]:.{digits}f}" if run.get(key) is not None else "" for key, digits in
-                   (("kl", 2), ("distinct_2", 3), ("test_loss", 3))]
-        rows.append((name, method(run), reward, str(run["n"]), *numbers))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def dpo_margins_figure(runs):
+    """Accuracy, margin in nats, and how far both log-probs have moved: a line of panels for each learning rate."""
+    rates = sorted({run.flags["lr"] for run in runs})
+    size = {"figsize": (11, 3.4 * len(rates)), "layout": "constrained"}
+    figure, panels = plt.subplots(len(rates), 3, squeeze=False, **size)
+    for lr, (left, middle, right) in zip(rates, panels, strict=True):
+        some = [run for run in runs if run.flags["lr"] == lr]
+        for run, colour in zip(some, itertools.cycle(COLOURS), strict=False):
+            nats = 1 / run.flags["beta"]
+            draw(left, run, "accuracy", colour, run.name, faint=False)
+            draw(middle, run, "margin", colour, run.name, faint=False, scale=nats)
+            left.plot(*tested(run, "test_accuracy"), "o", color=colour)
+            middle.plot(*tested(run, "test_margin", nats), "o", color=colour)
+            draw(right, run, "chosen_logratio", colour, f"{run.name}, chosen", faint=False)
+            draw(right, run, "rejected_logratio", colour, f"{run.name}, rejected", faint=False, style="--")
+        left.set(xlabel="step", ylabel=f"accuracy (lr {lr:g})", ylim=(0.4, 1.02))
+        middle.set(xlabel="step", ylabel="margin / beta, nats")
+        right.set(xlabel="step", ylabel="log-prob less the original's, nats")
+        right.set_title("solid: chosen, dashed: rejected", fontsize=10)
+        right.axhline(0, color="grey", linewidth=0.8)
+        left.legend(title="dots: test pairs", loc="lower right")
+    return figure
 
 
-def side_by_side(found, width=110):
-    """The first test prompts, each continued by every policy of `found`: lines of text."""
-    control = {code: " " for code in (*range(32), *range(127, 160))}  # a terminal would obey these characters
-    prompts = [sample["prompt"] for sample in next(iter(found.values()))["samples"][:PROMPTS]]
-    indent = max(map(len, found))
-    lines = []
-    for prompt in prompts:
-        lines += ["", f'"{prompt.translate(control)}" ...']
-        for name, run in found.items():
-            for sample in run["samples"]:
-                if sample["prompt"] == prompt:
-                    start = f"  {name:{indent}}  {sample['reward']:.2f}  "
-                    text = start + sample["completion"].translate(control).strip()
-                    lines += textwrap.wrap(text, width, subsequent_indent=" " * len(start))
-    return lines
+def frontier_figure(runs, rewards):
+    """Test reward against KL to the original: every finished run, best-of-n, and the limit.
+
+    `rewards`: (prompts, k), k samples of the original policy for each of some prompts, or None.
+    """
+    figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
+    axes.set_xscale("log")
+    low = min([run.result["kl"] for run in runs if run.result["kl"] > 0] + [0.1]) / 3
+    if rewards is not None:
+        limit = [point for point in measures.limit(rewards) if point[2] > low]
+        axes.plot([kl for *_, kl in limit], [reward for _, reward, _ in limit], color="black", linewidth=2,
+                  label="the limit: the best reward for its KL")
+        counts = measures.counts(rewards.shape[1])[1:]
+        best = [measures.best_of(rewards, n).mean() for n in counts]
+        axes.plot([measures.best_of_kl(n) for n in counts], best, ":", marker="<", color="#E69F00", markersize=7,
+                  label=f"best of {', '.join(map(str, counts))} samples: KL at most this")
+    texts = []
+    for run in runs:
+        reward, kl = run.result["reward"], run.result["kl"]
+        if run.method == "untouched":
+            axes.axhline(reward, color="grey", linestyle="--", linewidth=1, label=f"{run.name}: untouched, KL 0")
+            continue
+        colour, marker = MARKS[run.method]
+        errors = {"yerr": run.result["reward_se"], "xerr": run.result["kl_se"]}
+        axes.errorbar(max(kl, low), reward, **errors, fmt=marker, color=colour, markersize=7, capsize=3)
+        texts.append((max(kl, low), reward, run.name, colour))
+    for method in dict.fromkeys(run.method for run in runs if run.method in MARKS):
+        axes.plot([], [], MARKS[method][1], color=MARKS[method][0], label=method)
+    axes.set(xlabel="KL to the original, nats per completion", ylabel="test reward, P(positive)", ylim=(None, 1.03))
+    axes.set_xlim(low, None)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(loc="lower right", fontsize=9)
+    figure.canvas.draw()  # the layout is final, so texts can be placed
+    place(axes, texts)
+    return figure
 
 
-def main(argv=None):
-    flags = runs.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("folder", type=Path, help="the folder that holds the runs")
-    folder = flags.parse_args(argv).folder
-    if not folder.is_dir():
-        raise runs.UserError(f"there is no folder {folder}")
-    logs = {path.parent.name: runs.read_rows(path) for path in sorted(folder.glob("*/metrics.jsonl"))}
-    having = {key: {name: rows for name, rows in logs.items() if rows and key in rows[0]} for key in ("kl", "epoch")}
-    kinds = {"reinforce.png": (reinforce_figure, having["kl"]), "dpo.png": (dpo_figure, having["epoch"])}
-    found = finished_runs(folder)
-    if not found and not any(some for _, some in kinds.values()):
-        raise runs.UserError(f"{folder} has no run: no folder in it holds an eval.json or a metrics.jsonl with rows")
-    for name, (figure_of, some) in kinds.items():
-        if some:
-            figure_of(some).savefig(folder / name, dpi=150)
-            print(f"{folder / name}: {', '.join(some)}")
-    if found:
-        summary = "\n".join([*table(found), *side_by_side(found)]) + "\n"
-        runs.write_whole(folder / "summary.txt", summary)
-        print(f"{folder / 'summary.txt'}:\n\n{summary}", end="")
-
-
-if __name__ == "__main__":
-    runs.launch(main)
+def place(axes, texts):
+    """Writes each (x, y, text, colour) beside its point, at the first of some places where it covers no other."""
+    taken = [axes.get_legend().get_window_extent()]
+    points = [axes.transData.transform((x, y)) for x, y, *_ in texts]
+    for x, y, text, colour in texts:
+        for dx, dy in ((8, 5), (8, -13), (-8, 5), (-8, -13), (8, 18), (-8, 18), (8, -26), (-8, -26), (8, 31), (8, -39)):
+            side = {"textcoords": "offset points", "ha": "left" if dx > 0 else "right", "fontsize": 9}
+            note = axes.annotate(text, (x, y), (dx, dy), color=colour, **side)
+            box = note.get_window_extent().padded(1)
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0
+            if inside and not any(map(box.overlaps, taken)) and not any(box.contains(*point) for point in points):
+                break
+            note.remove()
+        else:
+            note = axes.annotate(text, (x, y), (8, 5), color=colour, **side)
+        taken.append(note.get_window_extent())

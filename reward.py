@@ -6,9 +6,9 @@ completions are.
 
     python reward.py --out runs/course/baseline                             # the untouched policy
     python reward.py --out runs/mine --policy runs/course/alpha-0.02/model  # any checkpoint
+    python reward.py --out runs/course/samples-32 --samples-per-prompt 32 --eval-limit 500
 """
 
-import itertools
 import math
 import time
 from typing import NamedTuple
@@ -21,6 +21,7 @@ import runs
 from common import (check_length, completion_logits, completion_mask, decode, load_model, load_policy,
                     load_prompts, load_reference, load_tokenizer, masked_sum, sample, seeded)
 from fast import logps_and_kl, pick_device
+from measures import distinct
 
 SAMPLES = 5  # completions shown of every policy, always of the same prompts
 SAMPLE_EVERY = 50  # training steps between two looks at them
@@ -65,24 +66,19 @@ def positivity(scorer, texts):
     return scorer.model(**inputs).logits.float().softmax(dim=-1)[:, scorer.positive]
 
 
-def distinct_2(completions):
-    """List of str -> different bigrams / bigrams, over all completions; None if there is none."""
-    pairs = [pair for text in completions for pair in itertools.pairwise(text.split())]
-    return len(set(pairs)) / len(pairs) if pairs else None
-
-
 @torch.no_grad()
 def evaluate(policy, reference, tokenizer, scorer, prompts, run):
-    """Samples a completion of each prompt (n, P) -> dict for eval.json; writes completions.jsonl.
+    """Samples completions of each prompt (n, P) -> dict for eval.json; writes completions.jsonl.
 
     reward and kl are means over the n prompts, reward_se and kl_se their standard errors. kl is the exact
     KL(policy ‖ reference) at each token, summed over the completion: nats per completion. mean_length counts
-    tokens, the eos too.
+    tokens, the eos too. With --samples-per-prompt, distinct_2 and the samples take the first one of each prompt.
     """
     start, device, args = time.perf_counter(), policy.device, run.args
     noise = seeded(args.seed, "evaluation", device)
     batch_size = args.eval_batch_size or (256 if device.type == "cuda" else 64)
-    batches = tqdm(prompts.split(batch_size), desc="evaluate", unit="batch", dynamic_ncols=True)
+    repeated = prompts.repeat_interleave(args.samples_per_prompt, dim=0)
+    batches = tqdm(repeated.split(batch_size), desc="evaluate", unit="batch", dynamic_ncols=True)
     rows, total = [], 0.0
     for batch in batches:
         # What the policy forecast while it sampled serves again: no second forward.
@@ -109,27 +105,28 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
             "length": mask.sum(dim=-1).tolist(),
         }
         for row in zip(*columns.values(), strict=True):
-            rows.append({"number": len(rows), **dict(zip(columns, row, strict=True))})
+            rows.append({"number": len(rows) // args.samples_per_prompt, **dict(zip(columns, row, strict=True))})
         total += reward.sum().item()
         batches.set_postfix(reward=f"{total / len(rows):.4f}")
 
-    reward, reward_se = mean_and_error([row["reward"] for row in rows])
-    kl, kl_se = mean_and_error([row["kl"] for row in rows])
+    reward, reward_se = mean_and_error([row["reward"] for row in rows], args.samples_per_prompt)
+    kl, kl_se = mean_and_error([row["kl"] for row in rows], args.samples_per_prompt)
     if not math.isfinite(reward + kl):
         raise runs.UserError(f"the test reward is {reward}, the KL {kl}: the policy is broken; try a lower --lr")
     run.completions(rows)
-    counted = [row["completion"] for row in rows[:DISTINCT_TEXTS]]
+    firsts = rows[:: args.samples_per_prompt]
+    counted = [row["completion"] for row in firsts[:DISTINCT_TEXTS]]
     return {
         "reward": reward,
         "reward_se": reward_se,
-        "n": len(rows),
+        "n": len(firsts),
         "kl": kl,
         "kl_se": kl_se,
-        "distinct_2": distinct_2(counted),
+        "distinct_2": distinct(counted, 2),
         "distinct_2_texts": len(counted),
         "mean_length": sum(row["length"] for row in rows) / len(rows),
         "seconds": time.perf_counter() - start,
-        "samples": [{key: row[key] for key in ("prompt", "completion", "reward")} for row in rows[:SAMPLES]],
+        "samples": [{key: row[key] for key in ("prompt", "completion", "reward")} for row in firsts[:SAMPLES]],
     }
 
 
@@ -144,9 +141,12 @@ def log_samples(policy, tokenizer, scorer, prompts, run, step):
     tqdm.write(f"step {step}, reward {rewards[0]:.2f}: {starts[0]!r} -> {ends[0]!r}")
 
 
-def mean_and_error(values):
-    """List of float -> their mean and its standard error; None for the error of a single value."""
-    values = torch.tensor(values, dtype=torch.float64)
+def mean_and_error(values, group=1):
+    """List of float -> their mean and its standard error; None for the error of a single value.
+
+    Each `group` in a row, the samples of one prompt, count as one value: they are not independent.
+    """
+    values = torch.tensor(values, dtype=torch.float64).view(-1, group).mean(dim=1)
     error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
     return values.mean().item(), error
 

@@ -101,6 +101,7 @@ def parser(description):
     add("--completion-len", type=count, default=20, metavar="N", help="sampled tokens (%(default)s)")
     add("--limit", type=count, metavar="n", help="train on n rows, chosen by --seed; reward.py trains on none (all)")
     add("--eval-limit", type=count, metavar="n", help="test on the first n prompts, and pairs (all)")
+    add("--samples-per-prompt", type=count, default=1, metavar="k", help="completions of a test prompt (%(default)s)")
     add("--eval-batch-size", type=count, metavar="B", help="prompts a batch of the evaluation (256 on cuda, else 64)")
     return flags
 
@@ -208,12 +209,14 @@ def write_whole(path, text):
 
 
 def read_rows(path):
-    """The rows of a .jsonl file, less a line that is no JSON: the last of a run that was cut off."""
+    """The rows of a .jsonl file. A line that is no JSON object, as the last of a run cut off, is left out, aloud."""
     rows = []
     with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+        for number, line in enumerate(file, start=1):
+            with contextlib.suppress(ValueError, TypeError):
+                rows.append(dict(json.loads(line)))
+                continue
+            print(f"{path}, line {number} is cut off or broken: left out", file=sys.stderr)
     return rows
 
 

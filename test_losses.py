@@ -623,16 +623,13 @@ def test_auto_is_bf16_on_gpus_that_do_not_emulate_it(monkeypatch, capability, fa
 # ---- numbers of the evaluation -----------------------------------------------------------------------------
 
 
-def test_distinct_2_is_the_share_of_different_bigrams_within_completions():
-    # a b, b a, a b | a b: 4 bigrams, 2 different ones. Pairs across completions (b a) don't count.
-    assert reward.distinct_2(["a b a b", "a  b\n"]) == 2 / 4
-    assert reward.distinct_2(["one", ""]) is None
-
-
 def test_mean_comes_with_the_standard_error_of_the_mean():
     # Values 0, 1/2, 1: variance (1/4 + 0 + 1/4) / 2 = 1/4, standard error 1/2 / sqrt(3) = 0.288675.
     assert reward.mean_and_error([0.0, 0.5, 1.0]) == (0.5, pytest.approx(0.288675, abs=1e-6))
     assert reward.mean_and_error([0.25]) == (0.25, None)
+    # Two samples each of three prompts: means 0, 1/2, 1 as above. As six values they would be thought surer.
+    assert reward.mean_and_error([0, 0, 0.25, 0.75, 1, 1], group=2) == (0.5, pytest.approx(0.288675, abs=1e-6))
+    assert reward.mean_and_error([0.25, 0.75], group=2) == (0.5, None)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ import common
 import dpo
 import fast
 import grammar
-import plot
 import reinforce
+import report
 import reward
 import runs
 import toy
@@ -275,20 +275,33 @@ def test_the_benchmark_runs(tmp_path):
     assert "ours, fp32" in lines and "the course's way, fp32" in lines
 
 
-def test_figures_are_drawn_of_whatever_is_there(finished, tmp_path, capsys):
+def test_the_report_of_real_runs(world, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "runs")
-    with (tmp_path / "runs" / "beta-0.1" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "lo')  # a run that was cut off while it wrote
-    plot.main([str(tmp_path / "runs")])
-    for name in ("reinforce.png", "dpo.png"):
-        assert (tmp_path / "runs" / name).read_bytes().startswith(b"\x89PNG")
-    assert "alpha-0.1" in capsys.readouterr().out
+    more = ["--samples-per-prompt", 16, "--eval-limit", 4]
+    call("reward", *flags(world, "reward", tmp_path / "runs" / "samples-16", *more))
+    capsys.readouterr()
+    report.main([str(tmp_path / "runs")])
+    text = (tmp_path / "runs" / "results.md").read_text()
+    for name in ("reinforce.png", "dpo.png", "dpo-margins.png", "frontier.png"):
+        assert (tmp_path / "runs" / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in text
+    assert "4 prompts, 16 samples each" in text and not capsys.readouterr().err
 
 
-def test_running_mean_stands_in_the_middle_of_its_window():
-    steps, means = plot.running_mean([1, 2, 3, 4, 5, 6, 7, 8], [0.0, 1, 2, 6, 0, 0, 4, 0], window=2)
-    assert steps.tolist() == [1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5] and means.tolist() == [0.5, 1.5, 4, 3, 0, 2, 2]
-    assert plot.running_mean([1, 2], [3.0, 4.0])[1].tolist() == [3, 4]  # a short run: no mean, but a line
+def test_samples_per_prompt(world, tmp_path):
+    found = []
+    for name, more in (("once", []), ("thrice", ["--samples-per-prompt", 3])):
+        call("reward", *flags(world, "reward", tmp_path / name, "--eval-limit", 4, *more))
+        result = json.loads((tmp_path / name / "eval.json").read_text())
+        found.append((result, rows_of(tmp_path / name / "completions.jsonl")))
+    (once, single), (thrice, rows) = found
+    assert [row["number"] for row in rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [row["prompt"] for row in rows[::3]] == [row["prompt"] for row in single]
+    assert all(len({row["completion"] for row in rows[i : i + 3]}) > 1 for i in (0, 3, 6, 9))
+    assert thrice["n"] == once["n"] == 4
+    means = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(4, 3).mean(dim=1)
+    assert (thrice["reward"], thrice["reward_se"]) == pytest.approx((means.mean().item(), means.std().item() / 2))
+    assert [sample["completion"] for sample in thrice["samples"]] == [row["completion"] for row in rows[::3]]
+    assert thrice["distinct_2_texts"] == 4
 
 
 # ---- texts, tokens, rewards --------------------------------------------------------------------------------
@@ -491,7 +504,8 @@ def test_a_world_is_there_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
 
 
 def test_make_demo_runs_what_is_missing_and_nothing_else(world, tmp_path):
-    """The whole demo as a user calls it, in the tiny world; then with everything there, then with a run missing."""
+    """The whole demo as a user calls it, in the tiny world; then with everything there, then with a run missing; and
+    what the sweep and other seeds would add."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     folder = tmp_path / "toy"
 
@@ -503,61 +517,34 @@ def test_make_demo_runs_what_is_missing_and_nothing_else(world, tmp_path):
 
     first = make()
     assert first.returncode == 0, first.stderr
-    runs_made = ["alpha-0", "alpha-0.1", "baseline", "beta-0.1"]
+    runs_made = ["alpha-0", "alpha-0.1", "baseline", "beta-0.1", "samples-32"]
     assert sorted(path.parent.name for path in folder.glob("*/eval.json")) == runs_made
-    said = (folder / "summary.txt").read_text()
-    assert said in first.stdout and (folder / "reinforce.png").exists() and (folder / "dpo.png").exists()
-    assert [line.split()[0] for line in said.splitlines()[1:5]] == ["baseline", "alpha-0", "alpha-0.1", "beta-0.1"]
+    for name in ("results.md", "reinforce.png", "dpo.png", "dpo-margins.png", "frontier.png"):
+        assert (folder / name).exists(), name
+    table = [line.split("`")[1] for line in first.stdout.splitlines() if line.startswith("| `")]
+    assert table == ["baseline", "alpha-0", "alpha-0.1", "beta-0.1"] and "not here" not in first.stdout
     config = json.loads((folder / "alpha-0" / "config.json").read_text())["flags"]
     assert (config["prompt_len"], config["completion_len"], config["advantage"]) == (10, 20, "loo")
     assert json.loads((folder / "beta-0.1" / "config.json").read_text())["flags"]["lr"] == 5e-5
+    config = json.loads((folder / "samples-32" / "config.json").read_text())["flags"]
+    assert (config["samples_per_prompt"], config["eval_limit"]) == (32, 500)  # not the 6 of FLAGS
 
-    again = make(python="false")  # any call of Python would fail
-    assert again.returncode == 0 and again.stdout.count(said) == 1 and "Nothing had to be run" in again.stdout
-    (folder / "summary.txt").unlink()
-    assert make().stdout.count(said) == 1
+    def planned(*more):
+        return [line for line in make("-n", *more).stdout.replace("\\\n", "").splitlines() if ".py" in line]
+
+    assert [line.split()[1:3] for line in planned()] == [["report.py", str(folder)]]  # nothing is run again
     (folder / "alpha-0" / "eval.json").unlink()  # as if it had been cut off in its evaluation
-    planned = [line for line in make("-n").stdout.splitlines() if ".py" in line]
-    assert len(planned) == 2 and "reinforce.py" in planned[0] and "--alpha 0 " in planned[0] and "plot.py" in planned[1]
-    more = make("-n", "MORE=loo-0.3 beta-0.5-lr-1e-3").stdout
+    again = planned()
+    assert len(again) == 2 and "reinforce.py" in again[0] and "--alpha 0 " in again[0] and "report.py" in again[1]
+    more = "\n".join(planned("MORE=loo-0.3 beta-0.5-lr-1e-3"))
     assert "--advantage loo --alpha 0.3" in more and "--beta 0.5 --lr 1e-3" in more
+    sweep = planned("sweep", "ALPHAS=0 7", "BETAS=0.1 3")
+    assert [re.search(r"--(alpha|beta) (\S+)", line)[2] for line in sweep[:-1]] == ["0", "7", "3"]
+    assert "report.py" in sweep[-1] and "alpha-7" in sweep[-1]
+    seeds = [line for line in planned("seeds", "SEEDS=5") if "report.py" not in line]
+    assert all("seed-5" in line and "--seed 5" in line for line in seeds[1:]) and len(seeds) == 5  # alpha-0, and four
     together = make("baseline")
-    assert together.returncode != 0 and "make demo goes alone" in together.stderr
-
-
-def test_finished_runs_are_in_the_courses_order_and_others_are_passed_over(tmp_path):
-    for name, more in {"beta-0.1": {"beta": 0.1}, "alpha-10": {"alpha": 10}, "loo-2": {"alpha": 2}, "old": {}}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"flags": more}))
-        (tmp_path / name / "eval.json").write_text('{"reward": 0.5}')
-    (tmp_path / "old" / "eval.json").write_text("{")
-    (tmp_path / "baseline").mkdir()
-    (tmp_path / "baseline" / "config.json").write_text('{"flags": {"policy": "a"}}')
-    (tmp_path / "baseline" / "eval.json").write_text('{"reward": 0.25}')
-    shutil.copytree(tmp_path / "baseline", tmp_path / "no-config", ignore=shutil.ignore_patterns("config.json"))
-    found = plot.finished_runs(tmp_path)
-    assert list(found) == ["baseline", "loo-2", "alpha-10", "beta-0.1"]
-    assert found["baseline"] == {"policy": "a", "reward": 0.25}
-
-
-def test_the_summary_aligns_and_obeys_no_control_characters():
-    sample = {"prompt": "I saw", "completion": " it\x1b[31m\n|twice", "reward": 0.5}
-    run = {"policy": "a", "reference": "a", "samples": [sample], "n": 4}
-    run |= {"reward": 0.5, "reward_se": 0.25, "kl": 0, "distinct_2": None}
-    found = {"baseline": run, "beta-1": run | {"beta": 1, "test_loss": 0.25, "reward_se": None, "kl": 12.345}}
-    found["mine"] = run | {"reference": None}
-    found["alpha-1"] = run | {"alpha": 1.0, "advantage": "reward", "samples": [sample | {"prompt": "Another"}]}
-    assert plot.table(found) == [
-        "run       method     test reward    n  KL, nats  distinct-2  test loss",
-        "baseline  untouched  0.500 ± 0.250  4  0.00",
-        "beta-1    DPO        0.500          4  12.35                 0.250",
-        "mine      evaluated  0.500 ± 0.250  4  0.00",
-        "alpha-1   REINFORCE  0.500 ± 0.250  4  0.00",
-    ]
-    del found["mine"]
-    assert plot.side_by_side(found) == [
-        "", '"I saw" ...', "  baseline  0.50  it [31m |twice", "  beta-1    0.50  it [31m |twice"
-    ]
+    assert together.returncode != 0 and "make demo makes its own runs" in together.stderr
 
 
 # ---- bad input: one clear line, exit code not 0, nothing half-written --------------------------------------
@@ -741,13 +728,6 @@ def test_a_policy_that_its_last_step_broke_is_no_finished_run(world, tmp_path, c
     assert not (tmp_path / "run" / "eval.json").exists()
 
 
-def test_plot_says_what_it_misses(tmp_path, capsys):
-    for folder, message in ((tmp_path / "nowhere", "there is no folder"), (tmp_path, "has no run")):
-        with pytest.raises(SystemExit):
-            runs.launch(lambda folder=folder: plot.main([str(folder)]))
-        assert message in capsys.readouterr().err
-
-
 def test_the_command_line_itself(world, tmp_path):
     """As a child process: exit code, one line on stderr, no traceback; and --help loads and ends well."""
     here = Path(__file__).parent
@@ -755,8 +735,6 @@ def test_the_command_line_itself(world, tmp_path):
     found = subprocess.run(list(map(str, argv)), capture_output=True, text=True)
     assert found.returncode == 1 and found.stderr.count("\n") == 1
     assert found.stderr.startswith("reward.py: error: --policy") and not (tmp_path / "run").exists()
-    for script in ("reward.py", "reinforce.py", "dpo.py", "plot.py"):
+    for script in ("reward.py", "reinforce.py", "dpo.py", "report.py"):
         helped = subprocess.run([sys.executable, here / script, "--help"], capture_output=True, text=True)
         assert helped.returncode == 0 and "usage:" in helped.stdout
-    light = "import sys, plot, runs; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", light], cwd=here).returncode == 0

@@ -1,0 +1,332 @@
+"""The report: what the assignment wants plotted, tabulated and quoted, from the runs in a folder.
+
+    python report.py runs/course                        # results.md and the figures, beside the runs
+    python report.py runs/course --readme README.md     # and puts its tables and figures where README has them
+
+A run that is not finished is drawn as far as it is. What is missing is said, and which command makes it.
+"The student's" numbers are those of a report on the same assignment, for comparison; they are theirs.
+"""
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+import measures
+import plot
+import runs
+from tables import ORDER, digits, inline, load, samples, side_by_side, spread, table, with_error
+
+DISTINCT_TEXTS = 500  # distinct-n and repeats depend on the number of texts, so they are counted in the first so many
+MOSTLY = 0.5  # share of natural completions from which on a run's text is called mostly natural
+STUDENT_LOSSES = {0.1: "0.6521", 0.25: "0.6207", 0.4: "0.6044"}  # test loss by beta, lr 5e-7
+BASELINE = ("the untouched policy", "make baseline")  # what can be missing, and what makes it
+REINFORCE = ("a run with alpha 0", "make reinforce")
+DPO = ("a DPO run", "make dpo")
+SPREADS = (("reward", "test reward", 3), ("kl", "KL, nats", 2), ("distinct_2", "distinct-2", 3),
+           ("test_loss", "test loss", 3), ("test_accuracy", "accuracy", 3))  # key of eval.json, name, decimal places
+MEASURES = f"""
+reward: mean P(positive) of n test prompts, ± its standard error over the prompts. KL: to the original policy, nats
+per completion. distinct-1, distinct-2: different words and word pairs over all, and repeated: share of the completions
+that are there more than once; all three in the first {DISTINCT_TEXTS} completions. log-prob a token: the original
+policy's, of this policy's text. natural: share of the completions whose log-prob a token lies where the middle 95 % of
+the original's own lie; from {MOSTLY} up the text is called mostly natural.
+"""
+BETAS = """
+The test loss is not comparable across beta: beta multiplies the margin inside it, so a larger beta can have a lower
+loss for a smaller change. What compares is accuracy (how many pairs are ranked right), margin / beta (by how many
+nats), KL (what it cost) and reward (what it is for).
+"""
+
+
+def lacking(what, command):
+    return ["", f"*Not here: {what}. `{command}` makes it.*", ""]
+
+
+def brief(run, **more):
+    """The start of a run's row in a table."""
+    return {"run": f"`{run.name}`", **more, "reward": with_error(run.result, "reward", 3),
+            "KL, nats": with_error(run.result, "kl", 2)}
+
+
+def beside(name, own, target="", student=""):
+    """The assignment's target, the student's number and ours, one below the other."""
+    rows = [{"": "the assignment's target", name: target}] if target else []
+    rows += [{"": "a student's report (DistilGPT2; theirs)", name: student}] if student else []
+    return table([*rows, *({"": f"here, `{run.name}`", name: value} for run, value in own)])
+
+
+class Report:
+    """All runs of a folder, by what was done. A method gives the lines of one section."""
+
+    def __init__(self, found):
+        self.found, self.finished = found, [run for run in found if run.result]
+        of = {method: [run for run in self.finished if run.method == method] for method in ORDER}
+        self.baseline = next(iter(of["untouched"]), None)
+        self.originals = self.baseline.completions if self.baseline else []
+        self.reinforce = of["REINFORCE"] + of["REINFORCE, leave-one-out"]
+        self.alpha_0 = next((run for run in self.reinforce if run.flags["alpha"] == 0), None)
+        self.dpo = of["DPO"]
+        self.compared = [run for run in self.finished if run.method != "samples of the original"]
+        self.rewards = None  # (prompts, k) of the original policy's samples
+        for run in of["samples of the original"]:
+            values = np.array([row["reward"] for row in run.completions])
+            if len(values) and len(values) % run.k == 0:
+                self.rewards = values.reshape(-1, run.k)
+
+    def natural(self, run):
+        return measures.natural(run.completions, self.originals) if run.completions and self.originals else None
+
+    def row(self, run, **more):
+        """A run's row in a table: results, and measures of its text."""
+        row = brief(run, **more) | {"n": f"{run.result['n']:,}"}
+        if run.completions:
+            texts = [line["completion"] for line in run.completions[:DISTINCT_TEXTS]]
+            row |= {f"distinct-{n}": digits(measures.distinct(texts, n), 3) for n in (1, 2)}
+            row |= {"repeated": digits(measures.repeated(texts), 3)}
+            row |= {"log-prob a token": digits(measures.logp_a_token(run.completions), 2)}
+        return row | {"natural": digits(self.natural(run), 2)}
+
+    def all_runs(self):
+        rows = [self.row(run, method=run.method) for run in self.compared]
+        return ["## All runs", *(table(rows, "runs") if rows else ["", "None is finished."]), MEASURES]
+
+    def q_1(self):
+        yield "## Q1.1: average reward of the untouched policy"
+        if not self.baseline:
+            yield from lacking(*BASELINE)
+        else:
+            own = [(self.baseline, with_error(self.baseline.result, "reward", 4))]
+            yield from beside("test reward", own, student="0.6231")
+        yield "## Q1.2: five generations of the untouched policy"
+        yield from samples(self.baseline) if self.baseline else lacking(*BASELINE)
+
+    def q_2(self):
+        yield "## Q2.1: REINFORCE, reward over time and on the test set"
+        if any("alpha" in run.flags and run.metrics for run in self.found):
+            yield "\n![reward and KL against the step](reinforce.png)\n"
+        own = [(run, with_error(run.result, "reward", 4)) for run in self.reinforce if run.flags["alpha"] == 0]
+        yield from beside("test reward", own, "at least 0.75", "0.7939") if own else lacking(*REINFORCE)
+        yield "## Q2.2: five generations after REINFORCE"
+        yield from samples(self.alpha_0) if self.alpha_0 else lacking(*REINFORCE)
+
+    def q_3_1(self):
+        yield "## Q3.1: KL over time without the penalty"
+        if not self.alpha_0:
+            return (yield from lacking(*REINFORCE))
+        yield f"\nThe right half of the figure above; here single batches of `{self.alpha_0.name}`:\n"
+        steps = [row for row in self.alpha_0.metrics if {"step", "kl", "reward"} <= set(row)]
+        shown = [steps[round(share * (len(steps) - 1))] for share in (0, 0.1, 0.25, 0.5, 0.75, 1)] if steps else []
+        yield from table([{"step": str(row["step"]), "KL, nats": f"{row['kl']:.2f}", "reward": f"{row['reward']:.3f}"}
+                          for row in {row["step"]: row for row in shown}.values()], "kl-over-time")
+
+    def q_3_2(self):
+        yield "## Q3.2: three regimes of alpha\n\nalpha is the reward that a nat of a whole completion's KL costs."
+        if len({run.flags["alpha"] for run in self.reinforce}) < 3:
+            yield from lacking("three alphas", "make sweep")
+        if not self.reinforce:
+            return
+        rows = []
+        for run in self.reinforce:
+            alpha = run.flags["alpha"]
+            paid = digits(run.result["reward"] - alpha * run.result["kl"], 3)
+            rows.append(self.row(run, alpha=f"{alpha:g}") | {"reward - alpha KL": paid})
+        yield from table(rows, "alphas")
+        judged = [(run, self.natural(run)) for run in self.reinforce]
+        judged = [(run, natural) for run, natural in judged if natural is not None]
+        if not judged:
+            return (yield from lacking("completions of the untouched policy, to tell natural text by", "make baseline"))
+        held = [run for run, _ in judged if run.result["reward"] < 0.65 and run.flags["alpha"] > 0]
+        poor = [run for run, natural in judged if natural < MOSTLY]
+        good = sorted(((natural, run.name, run) for run, natural in judged
+                       if run.result["reward"] >= 0.8 and natural >= MOSTLY), reverse=True)
+        regimes = (
+            ("high alpha", "reward stays below 0.65", "alpha 1000", held),
+            ("low alpha", "poor text", "alpha 1e8, as they wrote it", poor),
+            ("in between", "reward at least 0.80, mostly natural text", "alpha 0.0003", [run for *_, run in good]),
+        )
+        yield from table([{"regime": regime, "the assignment's target": target, "a student's report (theirs)": student,
+                           "here": ", ".join(f"`{run.name}`" for run in some) or "none of the alphas that were run"}
+                          for regime, target, student, some in regimes], "regimes")
+        yield "(The student's alphas belong to a KL of another unit.)\n"
+        for regime, _, _, some in regimes:
+            if some:
+                yield from [f"**{regime}**", *samples(some[0])]
+
+    def q_4(self):
+        yield "## Q4.1: DPO, loss over time and on the test set"
+        if any("beta" in run.flags and run.metrics for run in self.found):
+            yield "\n![DPO loss against the step](dpo.png)\n"
+        own = [(run, digits(run.result.get("test_loss"), 4)) for run in self.dpo]
+        yield from beside("test loss", own, "", "0.5968") if own else lacking(*DPO)
+        yield "## Q4.2: reward after DPO, beside REINFORCE"
+        yield from table([brief(run, method=run.method) for run in self.compared]) if own else lacking(*DPO)
+        yield "## Q4.3: five generations after DPO"
+        yield from samples(self.dpo[0]) if own else lacking(*DPO)
+
+    def q_4_4(self):
+        yield "## Q4.4: three betas"
+        if len({run.flags["beta"] for run in self.dpo}) < 3:
+            yield from lacking("three betas", "make sweep")
+        if any("beta" in run.flags and run.metrics for run in self.found):
+            yield "\n![accuracy, margin and log-probs against the step](dpo-margins.png)\n"
+        rows = []
+        for run in self.dpo:
+            beta, result = run.flags["beta"], run.result
+            student = STUDENT_LOSSES.get(beta, "") if run.flags["lr"] == 5e-7 else ""
+            rows.append({"run": f"`{run.name}`", "beta": f"{beta:g}", "lr": f"{run.flags['lr']:g}",
+                         "test loss": digits(result["test_loss"], 4), "a student's (theirs)": student,
+                         "accuracy": digits(result["test_accuracy"], 3),
+                         "margin / beta, nats": digits(result["test_margin"] / beta, 2),
+                         "KL, nats": with_error(result, "kl", 3), "reward": with_error(result, "reward", 3)})
+        if rows:
+            yield from [*table(rows, "betas"), BETAS]
+        for lr in sorted({run.flags["lr"] for run in self.dpo}):
+            yield from best_beta(lr, [run for run in self.dpo if run.flags["lr"] == lr])
+
+    def frontier(self):
+        yield "## The frontier: what reward costs in KL"
+        if any(run.method != "untouched" for run in self.compared):
+            yield "\n![test reward against KL](frontier.png)\n"
+        if self.rewards is None:
+            lacks = "samples of the original policy, for best-of-n and the limit"
+            return (yield from lacking(lacks, f"make RUNS={self.found[0].folder.parent} samples"))
+        prompts, k = self.rewards.shape
+        yield f"\nBest of n samples of the original policy ({prompts} prompts, {k} samples each):\n"
+        rows = []
+        for n in measures.counts(k):
+            mean, error = measures.mean_and_error(measures.best_of(self.rewards, n))
+            most = digits(measures.best_of_kl(n), 2)
+            rows.append({"n": str(n), "reward": f"{mean:.3f} ± {error:.3f}", "KL at most, nats": most})
+        yield from table(rows, "best-of-n")
+        points = measures.limit(self.rewards)
+        few = f"fewer than {measures.ENOUGH} of the {k} samples a prompt are effective, and the estimate is worthless"
+        if not points:
+            return (yield f"The limit, pi\\* = ref exp(r / alpha) / Z, is not drawn: {few}.\n")
+        alpha, reward, kl = points[-1]
+        yield (f"The limit, pi\\* = ref exp(r / alpha) / Z, is drawn for alpha from {points[0][0]:g} down to "
+               f"{alpha:.2g}, where it has reward {reward:.3f} at {kl:.2f} nats. Below, {few}. How far each run is "
+               "from it: the reward that the limit has at the run's KL, and the KL that it needs for the run's "
+               "reward, where it is drawn.\n")
+        _, rewards, kls = zip(*points, strict=True)
+        rows = []
+        for run in self.compared:
+            at_kl = digits(measures.between(run.result["kl"], kls, rewards), 3)
+            at_reward = digits(measures.between(run.result["reward"], rewards, kls), 2)
+            there = {"the limit's reward for this KL": at_kl, "the limit's KL for this reward": at_reward}
+            rows += [brief(run) | there] if run.method != "untouched" else []
+        yield from table(rows, "limit")
+
+    def seeds(self, others):
+        """The same runs with other seeds, in folders seed-*."""
+        rows = []
+        for run in self.finished:
+            same = [run, *(other for other in others if other.name == run.name and other.result)]
+            row = {"run": f"`{run.name}`", "seeds": ", ".join(str(one.flags["seed"]) for one in same)}
+            for key, name, places in SPREADS:
+                values = [one.result[key] for one in same if one.result.get(key) is not None]
+                row[name] = spread(values, places) if values else ""
+            rows += [row] if len(same) > 1 else []
+        return ["## Other seeds: mean (lowest to highest)", *table(rows, "seeds")] if rows else []
+
+
+def best_beta(lr, some):
+    """In words: which beta is best by what counts, of runs with one learning rate."""
+    if len(some) < 2:
+        return []
+    best, *others = sorted((run.result for run in some), key=lambda result: -result["reward"])
+    name = {id(run.result): f"`{run.name}`" for run in some}
+    ties = [name[id(other)] for other in others if best["reward"] - other["reward"] < 2 * (
+        (best["reward_se"] or 0) ** 2 + (other["reward_se"] or 0) ** 2) ** 0.5]
+    tie = f" (not told apart from {', '.join(ties)}: within two standard errors)" if ties else ""
+    lowest = min((run.result for run in some), key=lambda result: result["test_loss"])
+    return [f"At lr {lr:g} the highest reward is that of {name[id(best)]}{tie}; the lowest test loss, that of "
+            f"{name[id(lowest)]}, does not choose between betas.\n"]
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def figures(report):
+    """Yields the name of each figure that there is something for, and the figure."""
+    reinforced = [run for run in report.found if "alpha" in run.flags and run.metrics]
+    preferred = [run for run in report.found if "beta" in run.flags and run.metrics]
+    if reinforced:
+        yield "reinforce.png", plot.reinforce_figure(reinforced)
+    if preferred:
+        yield "dpo.png", plot.dpo_figure(preferred)
+        yield "dpo-margins.png", plot.dpo_margins_figure(preferred)
+    if any(run.method != "untouched" for run in report.compared):
+        yield "frontier.png", plot.frontier_figure(report.compared, report.rewards)
+
+
+def remarks(report, expected):
+    """What is not there, or not finished: a line each."""
+    names = [run.name for run in report.found]
+    missing = ", ".join(f"`{name}`" for name in dict.fromkeys(expected) if name not in names)
+    lines = [f"`{run.name}` is not finished: it is drawn as far as it is" for run in report.found if not run.result]
+    lines += [f"`{run.name}` has no completions.jsonl: no measures of its text"
+              for run in report.finished if not run.completions]
+    return [f"- {line}" for line in lines] + ([f"- not here: {missing}"] if missing else [])
+
+
+def made_with(found):
+    """Devices, precisions, versions and commits of the runs, each once."""
+    things = {(0, run.about.get("device")) for run in found} | {(1, run.about.get("precision")) for run in found}
+    for name in ("torch", "transformers"):
+        things |= {(2, f"{name} {run.about['versions'][name]}") for run in found if "versions" in run.about}
+    commits = [re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}", r"\1", run.about.get("commit") or "") for run in found]
+    things |= {(3, f"commit {commit}") for commit in commits if commit}
+    return "Made with " + ", ".join(thing for _, thing in sorted(pair for pair in things if pair[1])) + "."
+
+
+def fill_in(readme, folder, results):
+    """Puts tables of results.md where README has `<!-- TABLE of FOLDER -->`, and copies the figures that it shows."""
+    tables = dict(re.findall(r"<!-- (\S+) -->\n(.*?)<!-- end -->", results, re.DOTALL))
+    text, folder_name = readme.read_text(encoding="utf-8"), re.escape(folder.name)
+
+    def newest(place):
+        if place[2] not in tables:
+            raise runs.UserError(f"{readme} has a place for a table {place[2]}, which {folder}/results.md has not")
+        return f"{place[1]}\n\n{tables[place[2]]}\n<!-- end -->"
+
+    text = re.sub(rf"(<!-- (\S+) of {folder_name} -->)\n.*?<!-- end -->", newest, text, flags=re.DOTALL)
+    runs.write_whole(readme, text)
+    for name in re.findall(rf"\(figures/{folder_name}-(\S+?\.png)\)", text):
+        shutil.copyfile(folder / name, readme.parent / "figures" / f"{folder.name}-{name}")
+
+
+def main(argv=None):
+    flags = runs.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("folder", type=Path, help="the folder that holds the runs")
+    flags.add_argument("--expect", nargs="*", default=[], metavar="RUN", help="said to be missing if it is")
+    flags.add_argument("--readme", type=Path, help="a Markdown file to put the tables into")
+    args = flags.parse_args(argv)
+    if not args.folder.is_dir():
+        raise runs.UserError(f"there is no folder {args.folder}")
+    report = Report(load(args.folder))
+    if not report.found:
+        raise runs.UserError(f"{args.folder} has no run: no folder in it holds a run's config.json")
+    others = [run for folder in sorted(args.folder.glob("seed-*")) for run in load(folder)]
+    for name, figure in figures(report):
+        figure.savefig(args.folder / name, dpi=150)
+        plot.plt.close(figure)
+    overview = [*report.all_runs(), *remarks(report, args.expect)]
+    lines = [f"# Results of {inline(args.folder.name)}\n", made_with(report.found), "", *overview]
+    for section in (report.q_1(), report.q_2(), report.q_3_1(), report.q_3_2(), report.q_4(), report.q_4_4(),
+                    report.frontier(), report.seeds(others)):
+        lines += ["", *section]
+    lines += ["## The same prompts, continued by every policy", *side_by_side(report.compared)]
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+    runs.write_whole(args.folder / "results.md", text)
+    shown = [line for line in overview if not line.startswith("<!--")]
+    print("\n".join([*shown, *side_by_side(report.compared, prompts=1)]))
+    print(f"{args.folder / 'results.md'} has all of it, with the figures beside it")
+    if args.readme:
+        fill_in(args.readme, args.folder, text)
+
+
+if __name__ == "__main__":
+    runs.launch(main)

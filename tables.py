@@ -1,0 +1,132 @@
+"""Run folders read back, and the lines of Markdown that report.py makes of them. Plain Python, loads no torch."""
+
+import contextlib
+import functools
+import json
+import re
+import textwrap
+import unicodedata
+
+import runs
+
+ORDER = ("untouched", "REINFORCE", "REINFORCE, leave-one-out", "DPO", "evaluated", "samples of the original")
+
+
+class Run:
+    """A run's folder as it was read: name, flags, metrics, and once finished result (eval.json) and completions."""
+
+    def __init__(self, folder):
+        self.folder, self.name = folder, folder.name
+        self.about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.flags = self.about["flags"]
+        self.k = self.flags.get("samples_per_prompt", 1)
+        self.metrics = runs.read_rows(folder / "metrics.jsonl")
+        self.result = None
+        with contextlib.suppress(FileNotFoundError):
+            self.result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+            self.result["reward"], self.result["kl"]  # a KeyError here, not in the middle of a table
+
+    @functools.cached_property
+    def completions(self):
+        return runs.read_rows(self.folder / "completions.jsonl")
+
+    @property
+    def method(self):
+        """What was done, in words."""
+        if "beta" in self.flags:
+            return "DPO"
+        if "alpha" in self.flags:
+            return "REINFORCE, leave-one-out" if self.flags["advantage"] == "loo" else "REINFORCE"
+        if self.flags["policy"] != (self.flags["reference"] or runs.COURSE["policy"]):
+            return "evaluated"
+        return "untouched" if self.k == 1 else "samples of the original"
+
+    @property
+    def place(self):
+        """Where it stands in a table: by method, DPO then by learning rate, then by alpha or beta."""
+        lr = self.flags["lr"] if self.method == "DPO" else 0
+        return ORDER.index(self.method), lr, self.flags.get("alpha", self.flags.get("beta", 0)), self.name
+
+
+def load(folder):
+    """-> list of Run, in the course's order; a folder that is no run's is left out, aloud if it has a config.json."""
+    found = []
+    for path in folder.glob("*/config.json"):
+        try:
+            run = Run(path.parent)
+            found.append((run.place, run))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
+            print(f"{path.parent} is left out: not a run's files, or broken ({type(problem).__name__}: {problem})")
+    return [run for _, run in sorted(found, key=lambda item: item[0])]
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------
+
+
+def digits(value, places):
+    return "" if value is None else f"{value:.{places}f}"
+
+
+def with_error(result, key, places):
+    """A mean with its standard error, where there is one."""
+    error = result.get(key + "_se")
+    return digits(result[key], places) + ("" if error is None else f" ± {error:.{places}f}")
+
+
+def spread(values, places):
+    """Mean (lowest to highest)."""
+    low, high = min(values), max(values)
+    return f"{sum(values) / len(values):.{places}f} ({low:.{places}f} to {high:.{places}f})"
+
+
+def table(rows, name=None):
+    """List of dicts -> lines of a Markdown table, aligned so that it can be read as it stands.
+
+    A column is there if any row has something in it. Under a `name`, README can have the same table.
+    """
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if any(row.get(key) for row in rows)]
+    cells = [columns, *([row.get(key, "").replace("|", "\\|") for key in columns] for row in rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells]
+    return ["", *([f"<!-- {name} -->", *lines, "<!-- end -->"] if name else lines), ""]
+
+
+# ---- texts that came out of a model ------------------------------------------------------------------------
+
+
+def plain(text):
+    """The text less what a terminal or a page would obey: control characters, line ends, changes of direction."""
+    return "".join(" " if unicodedata.category(mark) in ("Cc", "Cf", "Zl", "Zp") else mark for mark in text).strip()
+
+
+def inline(text):
+    """The text as Markdown shows it within a line, obeying nothing in it."""
+    return re.sub(r"([^\w\s.,;:?'\"/])", r"\\\1", plain(text))
+
+
+def block(found, width=116):
+    """List of (start of a line, text) -> an indented block, in which Markdown obeys nothing."""
+    indent = max(len(start) for start, _ in found)
+    lines = [""]
+    for start, text in found:
+        line = f"    {start:{indent}}  {plain(text)}"
+        lines += textwrap.wrap(line, width, subsequent_indent=" " * (6 + indent), break_on_hyphens=False)
+    return [*lines, ""]
+
+
+def samples(run):
+    """The completions of the first few test prompts by one run."""
+    found = [(digits(sample["reward"], 2), f"{plain(sample['prompt'])} [...] {plain(sample['completion'])}")
+             for sample in run.result["samples"]]
+    return ["", f"`{run.name}`: P(positive) and text; what follows [...] is the policy's:", *block(found)]
+
+
+def side_by_side(finished, prompts=None):
+    """The same prompts (the first few of them), each continued by every run's policy."""
+    lines, width = [], max((len(run.name) for run in finished), default=0)
+    for first in finished[0].result["samples"][:prompts] if finished else ():
+        rows = [(f"{run.name:{width}} {sample['reward']:.2f}", sample["completion"]) for run in finished
+                for sample in run.result["samples"] if sample["prompt"] == first["prompt"]]
+        lines += ["", f"**{inline(first['prompt'])}** ...", *block(rows)]
+    return lines
