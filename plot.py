@@ -83,7 +83,7 @@ def dpo_figure(runs):
         axes.plot(*tested(run, "test_loss"), "o", color="black", label="test, after each epoch")
         axes.axhline(math.log(2), color="grey", linestyle="--", linewidth=1, label="ln 2: policy = reference")
         axes.set(xlabel="step", ylabel="DPO loss", title=run.name)
-        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.ticklabel_format(axis="y", useOffset=False)
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
@@ -150,18 +150,26 @@ def frontier_figure(runs, rewards):
 
 
 def place(axes, texts):
-    """Writes each (x, y, text, colour) beside its point, at the first of some places where it covers no other."""
+    """Writes each (x, y, text, colour) beside its point, at the first of some places where it covers nothing."""
     taken = [axes.get_legend().get_window_extent()]
     points = [axes.transData.transform((x, y)) for x, y, *_ in texts]
+    for line in axes.lines:
+        if len(line.get_xdata()) > 2:  # a curve: points along it, so close that no text fits between two
+            ends = axes.transData.transform(line.get_xydata())
+            at, every = np.arange(len(ends)), np.linspace(0, len(ends) - 1, 2000)
+            points += list(zip(np.interp(every, at, ends[:, 0]), np.interp(every, at, ends[:, 1]), strict=True))
     for x, y, text, colour in texts:
         for dx, dy in ((8, 5), (8, -13), (-8, 5), (-8, -13), (8, 18), (-8, 18), (8, -26), (-8, -26), (8, 31), (8, -39)):
-            side = {"textcoords": "offset points", "ha": "left" if dx > 0 else "right", "fontsize": 9}
-            note = axes.annotate(text, (x, y), (dx, dy), color=colour, **side)
+            side = {"textcoords": "offset points", "ha": "left" if dx > 0 else "right"}
+            note = axes.annotate(text, (x, y), (dx, dy), color=colour, fontsize=9, **side)
             box = note.get_window_extent().padded(1)
             inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0
             if inside and not any(map(box.overlaps, taken)) and not any(box.contains(*point) for point in points):
                 break
             note.remove()
         else:
-            note = axes.annotate(text, (x, y), (8, 5), color=colour, **side)
+            note = axes.annotate(text, (x, y), (8, 5), color=colour, fontsize=9, **side)
+        if abs(dy) > 13:  # far away: a line shows whose text it is
+            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6}
+            axes.annotate("", (x, y), (dx, dy + 4), arrowprops=line, **side)
         taken.append(note.get_window_extent())
