@@ -1,7 +1,7 @@
 """Numbers that the report makes from completions: how varied and how natural a text is, and the best possible trade.
 
 Everything from rows of completions.jsonl and from an array of rewards (n, k): k completions, sampled from the
-original policy, of each of n prompts. numpy only. What each number says: README, "Measures".
+original policy, of each of n prompts. numpy only. What each number says: README, "The report".
 """
 
 import math
@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-ENOUGH = 8  # effective samples a prompt, below which the limit is not drawn (measured: README, "The frontier")
+ENOUGH = 8  # effective samples a prompt, below which the limit is not drawn (measured: README, "How good is that?")
 MIDDLE = (0.025, 0.975)  # quantiles of the original's own texts: what is called natural
 
 

@@ -164,7 +164,10 @@ class Report:
         yield "## Q4.2: reward after DPO, beside REINFORCE"
         yield from table([brief(run, method=run.method) for run in self.compared]) if own else lacking(*DPO)
         yield "## Q4.3: five generations after DPO"
-        yield from samples(self.dpo[0]) if own else lacking(*DPO)
+        if not self.dpo:
+            yield from lacking(*DPO)
+        for run in {run.flags["lr"]: run for run in reversed(self.dpo)}.values():  # one for each learning rate
+            yield from samples(run)
 
     def q_4_4(self):
         yield "## Q4.4: three betas"

@@ -249,6 +249,9 @@ def test_the_whole_report(folder, capsys):
     assert cells(regimes, "high alpha")["here"] == "`alpha-2`"
     assert cells(regimes, "low alpha")["here"] == "`alpha-0`"
     assert cells(regimes, "in between")["here"] == "`loo-0.02`, `alpha-0.02`"
+    together = section(folder, "The same prompts")
+    assert together.count("    alpha-0 ") == 5
+    assert "    alpha-0    0.38  big big 3\n" in together.split("**I saw 3**")[1]
     said = capsys.readouterr()
     assert "`alpha-0`" in said.out and "**I saw 0** ..." in said.out and "<!--" not in said.out and not said.err
 
@@ -261,6 +264,13 @@ def test_betas_are_compared_by_what_compares(folder):
     # 0.60 and 0.59, each ± 0.01: their difference is 0.01 ± 0.014. 0.50 is far away.
     assert "highest reward is that of `beta-0.1` (not told apart from `beta-0.25`: within two" in betas
     assert "the lowest test loss, that of `beta-0.4`, does not choose" in betas
+    about = json.loads((folder / "beta-0.1" / "config.json").read_text())
+    about["flags"]["lr"] = 5e-5  # at another learning rate there is no number of the student's, and no contest
+    (folder / "beta-0.1" / "config.json").write_text(json.dumps(about))
+    report.main([str(folder)])
+    betas = section(folder, "Q4.4")
+    assert cells(betas, "`beta-0.1`")["a student's (theirs)"] == ""
+    assert "At lr 5e-07 the highest reward is that of `beta-0.25`; the lowest" in betas and "At lr 5e-05" not in betas
 
 
 def test_the_frontiers_tables(folder):
@@ -393,6 +403,13 @@ def test_text_is_shown_harmlessly(folder):
     escaped = "**it \\[31m \\| zwei \\<b\\>\\*x\\*\\</b\\> \\`y\\` \\#\\# Q9** ..."
     lines = [" ".join(line.split()) for line in text.splitlines() if "zwei" in line and not line.startswith("    ")]
     assert lines == [escaped]  # all others are indented blocks, in which nothing is obeyed
+
+
+def test_a_table_is_aligned_and_leaves_out_empty_columns():
+    rows = [{"run": "a|b", "note": "", "": "x"}, {"run": "c", "KL": "1.50", "note": ""}]
+    assert tables.table(rows) == ["", "| run  |     | KL   |", "| ---- | --- | ---- |", "| a\\|b | x   |      |",
+                                  "| c    |     | 1.50 |", ""]
+    assert tables.table(rows, "some")[1] == "<!-- some -->" and tables.table(rows, "some")[-2] == "<!-- end -->"
 
 
 def test_readme_gets_its_tables_and_figures_by_a_command(folder, tmp_path, capsys):
