@@ -17,7 +17,8 @@ import numpy as np
 import measures
 import plot
 import runs
-from tables import ORDER, digits, inline, load, samples, side_by_side, spread, table, with_error
+from tables import (ORDER, beside, brief, digits, inline, lacking, load, made_with, samples, side_by_side, spread,
+                    table, unfinished, with_error)
 
 DISTINCT_TEXTS = 500  # distinct-n and repeats depend on the number of texts, so they are counted in the first so many
 MOSTLY = 0.5  # share of natural completions from which on a run's text is called mostly natural
@@ -39,23 +40,6 @@ The test loss is not comparable across beta: beta multiplies the margin inside i
 loss for a smaller change. What compares is accuracy (how many pairs are ranked right), margin / beta (by how many
 nats), KL (what it cost) and reward (what it is for).
 """
-
-
-def lacking(what, command):
-    return ["", f"*Not here: {what}. `{command}` makes it.*", ""]
-
-
-def brief(run, **more):
-    """The start of a run's row in a table."""
-    return {"run": f"`{run.name}`", **more, "reward": with_error(run.result, "reward", 3),
-            "KL, nats": with_error(run.result, "kl", 2)}
-
-
-def beside(name, own, target="", student=""):
-    """The assignment's target, the student's number and ours, one below the other."""
-    rows = [{"": "the assignment's target", name: target}] if target else []
-    rows += [{"": "a student's report (DistilGPT2; theirs)", name: student}] if student else []
-    return table([*rows, *({"": f"here, `{run.name}`", name: value} for run, value in own)])
 
 
 class Report:
@@ -265,26 +249,6 @@ def figures(report):
         yield "frontier.png", plot.frontier_figure(report.compared, report.rewards)
 
 
-def remarks(report, expected):
-    """What is not there, or not finished: a line each."""
-    names = [run.name for run in report.found]
-    missing = ", ".join(f"`{name}`" for name in dict.fromkeys(expected) if name not in names)
-    lines = [f"`{run.name}` is not finished: it is drawn as far as it is" for run in report.found if not run.result]
-    lines += [f"`{run.name}` has no completions.jsonl: no measures of its text"
-              for run in report.finished if not run.completions]
-    return [f"- {line}" for line in lines] + ([f"- not here: {missing}"] if missing else [])
-
-
-def made_with(found):
-    """Devices, precisions, versions and commits of the runs, each once."""
-    things = {(0, run.about.get("device")) for run in found} | {(1, run.about.get("precision")) for run in found}
-    for name in ("torch", "transformers"):
-        things |= {(2, f"{name} {run.about['versions'][name]}") for run in found if "versions" in run.about}
-    commits = [re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}", r"\1", run.about.get("commit") or "") for run in found]
-    things |= {(3, f"commit {commit}") for commit in commits if commit}
-    return "Made with " + ", ".join(thing for _, thing in sorted(pair for pair in things if pair[1])) + "."
-
-
 def fill_in(readme, folder, results):
     """Puts tables of results.md where README has `<!-- TABLE of FOLDER -->`, and copies the figures that it shows."""
     tables = dict(re.findall(r"<!-- (\S+) -->\n(.*?)<!-- end -->", results, re.DOTALL))
@@ -316,7 +280,7 @@ def main(argv=None):
     for name, figure in figures(report):
         figure.savefig(args.folder / name, dpi=150)
         plot.plt.close(figure)
-    overview = [*report.all_runs(), *remarks(report, args.expect)]
+    overview = [*report.all_runs(), *unfinished(report.found, args.expect)]
     lines = [f"# Results of {inline(args.folder.name)}\n", made_with(report.found), "", *overview]
     for section in (report.q_1(), report.q_2(), report.q_3_1(), report.q_3_2(), report.q_4(), report.q_4_4(),
                     report.frontier(), report.seeds(others)):

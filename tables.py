@@ -92,6 +92,43 @@ def table(rows, name=None):
     return ["", *([f"<!-- {name} -->", *lines, "<!-- end -->"] if name else lines), ""]
 
 
+def lacking(what, command):
+    return ["", f"*Not here: {what}. `{command}` makes it.*", ""]
+
+
+def brief(run, **more):
+    """The start of a run's row in a table."""
+    return {"run": f"`{run.name}`", **more, "reward": with_error(run.result, "reward", 3),
+            "KL, nats": with_error(run.result, "kl", 2)}
+
+
+def beside(name, own, target="", student=""):
+    """The assignment's target, the student's number and ours, one below the other."""
+    rows = [{"": "the assignment's target", name: target}] if target else []
+    rows += [{"": "a student's report (DistilGPT2; theirs)", name: student}] if student else []
+    return table([*rows, *({"": f"here, `{run.name}`", name: value} for run, value in own)])
+
+
+def unfinished(found, expected):
+    """What is not there, or not finished: a line each."""
+    names = [run.name for run in found]
+    missing = ", ".join(f"`{name}`" for name in dict.fromkeys(expected) if name not in names)
+    lines = [f"`{run.name}` is not finished: it is drawn as far as it is" for run in found if not run.result]
+    lines += [f"`{run.name}` has no completions.jsonl: no measures of its text"
+              for run in found if run.result and not run.completions]
+    return [f"- {line}" for line in lines] + ([f"- not here: {missing}"] if missing else [])
+
+
+def made_with(found):
+    """Devices, precisions, versions and commits of the runs, each once."""
+    things = {(0, run.about.get("device")) for run in found} | {(1, run.about.get("precision")) for run in found}
+    for name in ("torch", "transformers"):
+        things |= {(2, f"{name} {run.about['versions'][name]}") for run in found if "versions" in run.about}
+    commits = [re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}", r"\1", run.about.get("commit") or "") for run in found]
+    things |= {(3, f"commit {commit}") for commit in commits if commit}
+    return "Made with " + ", ".join(thing for _, thing in sorted(pair for pair in things if pair[1])) + "."
+
+
 # ---- texts that came out of a model ------------------------------------------------------------------------
 
 
