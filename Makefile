@@ -7,7 +7,7 @@ ALPHA = 0.02
 BETA = 0.1
 
 # What `make sweep` and `make seeds` add. An alpha is the reward that a nat of a whole completion's KL costs.
-ALPHAS = 0 0.02 0.1 0.5 2
+ALPHAS = 0 0.002 0.02 0.1 0.5 2
 LOOS = 0.02
 BETAS = 0.1 0.25 0.4 0.5 0.1-lr-5e-5
 SEEDS = 1 2
@@ -26,11 +26,11 @@ DPO_FLAGS =
 
 # The demo: the same runs in the small world of toy.py, with lengths and learning rates that suit it, and with
 # leave-one-out: on the raw reward it is chance which word alpha 0 ends in. MORE="alpha-0.3 beta-0.5" adds runs.
-ifneq ($(filter demo,$(MAKECMDGOALS)),)
+ifneq ($(filter demo,$(MAKECMDGOALS))$(filter runs/toy%,$(RUNS)),)
 RUNS = runs/toy
 ALPHA = 0.1
 BETA = 0.1
-ALPHAS = 0 0.02 0.1 0.3 1
+ALPHAS = 0 0.002 0.02 0.1 0.3 1
 LOOS =
 BETAS = 0.02 0.1 0.25 0.5 0.1-lr-5e-7
 WORLD = build/toy
@@ -43,8 +43,8 @@ SUITED_REINFORCE = --advantage loo --batch-size 32 --lr 5e-4
 SUITED_DPO = --batch-size 16 --lr 5e-5 --max-len 128
 # Spin shorter while a thread waits (Linux): a fifth slower alone, five times faster beside another busy program.
 export GOMP_SPINCOUNT = 10000
-ifneq ($(filter baseline reinforce dpo,$(MAKECMDGOALS)),)
-$(error make demo makes its own runs, and these targets would get its settings; with it go sweep, seeds and report)
+ifneq ($(filter-out demo sweep seeds samples report readme $(RUNS)/%,$(MAKECMDGOALS)),)
+$(error in the small world there are only demo, sweep, seeds, samples, report and run folders, and demo makes them)
 endif
 endif
 NEEDED = $(VENV) $(addsuffix /world.json,$(WORLD))

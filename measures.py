@@ -9,7 +9,8 @@ from collections import Counter
 
 import numpy as np
 
-ENOUGH = 8  # effective samples a prompt, below which the limit is not drawn (measured: README, "How good is that?")
+DISTINCT_TEXTS = 500  # distinct-n and repeats fall with the number of texts, so the first so many are counted
+ENOUGH = 8  # effective samples, mean over the prompts, below which no limit is drawn (README, "How good is that?")
 MIDDLE = (0.025, 0.975)  # quantiles of the original's own texts: what is called natural
 
 
@@ -77,7 +78,7 @@ def tilted(rewards, alpha):
         reward = sum_i w_i r_i,     KL(pi* || ref) = sum_i w_i log(k w_i),     effective samples = 1 / sum_i w_i^2
 
     Both means of pi* are good for many effective samples only: no weights can find what was not sampled, so for small
-    alpha the reward ends at the best of the k, the KL at ln k.
+    alpha the reward ends at the best of the k, the KL at ln k (less where several are equally good).
     """
     weights = np.exp((rewards - rewards.max(axis=1, keepdims=True)) / alpha)
     weights /= weights.sum(axis=1, keepdims=True)
@@ -87,7 +88,7 @@ def tilted(rewards, alpha):
 
 def limit(rewards):
     """(prompts, k) -> list of (alpha, reward, KL), means over the prompts, for falling alpha, while ENOUGH samples
-    are effective on average."""
+    are effective on average over the prompts."""
     found = []
     for alpha in np.geomspace(10, 0.005, 80):
         reward, kl, effective = (float(values.mean()) for values in tilted(rewards, alpha))

@@ -34,7 +34,7 @@ def running_mean(steps, values, window=WINDOW):
 
 def draw(axes, run, key, colour, label=None, faint=True, scale=1.0, style="-"):
     """One metric of one run against the step."""
-    rows = [row for row in run.metrics if "step" in row and key in row]
+    rows = [row for row in run.metrics if "step" in row and row.get(key) is not None]
     if rows:
         steps, values = [row["step"] for row in rows], [scale * row[key] for row in rows]
         if faint:
@@ -54,14 +54,15 @@ def tested(run, key, scale=1.0):
 
 
 def reinforce_figure(runs):
-    """Reward and KL, all runs in both panels: a colour for each alpha, dashed where the reward has a baseline."""
+    """Reward and KL, all runs in both panels; loo-0.02 in alpha-0.02's colour, but dashed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    colours = dict(zip(dict.fromkeys(run.flags["alpha"] for run in runs), itertools.cycle(COLOURS), strict=False))
+    names = {run: run.name.replace("loo-", "alpha-") for run in runs}
+    colours = dict(zip(dict.fromkeys(names.values()), itertools.cycle(COLOURS), strict=False))
     mixed = len({run.method for run in runs}) > 1
     for run in runs:
         style = "--" if mixed and "leave" in run.method else "-"
         for axes, key in ((left, "reward"), (right, "kl")):
-            draw(axes, run, key, colours[run.flags["alpha"]], run.name, len(runs) < 4, style=style)
+            draw(axes, run, key, colours[names[run]], run.name, len(runs) < 4, style=style)
     left.set(xlabel="step", ylabel="reward, P(positive), mean of the batch", ylim=(0, 1))
     right.set_yscale("symlog", linthresh=1)  # even up to 1 nat, logarithmic above: a collapse is 100 nats away
     right.set(xlabel="step", ylabel="KL to the original, nats per completion", ylim=(0, None))
@@ -74,7 +75,7 @@ def dpo_figure(runs):
     """Training and test loss, a panel for each run. Losses of different betas do not compare, so each has its scale."""
     columns = min(3, len(runs))
     lines = math.ceil(len(runs) / columns)
-    size = {"figsize": (max(4 * columns, 6), 3.4 * lines), "layout": "constrained"}
+    size = {"figsize": (max(4 * columns, 7.5), 3.4 * lines), "layout": "constrained"}
     figure, panels = plt.subplots(lines, columns, squeeze=False, **size)
     for axes in panels.flat[len(runs) :]:
         axes.set_axis_off()

@@ -17,23 +17,25 @@ import numpy as np
 import measures
 import plot
 import runs
-from tables import (ORDER, beside, brief, digits, inline, lacking, load, made_with, samples, side_by_side, spread,
+from tables import (ORDER, beside, brief, digits, inline, load, made_with, make_command, samples, side_by_side, spread,
                     table, unfinished, with_error)
 
-DISTINCT_TEXTS = 500  # distinct-n and repeats depend on the number of texts, so they are counted in the first so many
 MOSTLY = 0.5  # share of natural completions from which on a run's text is called mostly natural
 STUDENT_LOSSES = {0.1: "0.6521", 0.25: "0.6207", 0.4: "0.6044"}  # test loss by beta, lr 5e-7
-BASELINE = ("the untouched policy", "make baseline")  # what can be missing, and what makes it
-REINFORCE = ("a run with alpha 0", "make reinforce")
-DPO = ("a DPO run", "make dpo")
+BASELINE = ("the untouched policy", "baseline")  # what can be missing, and the target of make for it
+REINFORCE = ("a run with alpha 0", "reinforce")
+DPO = ("a DPO run", "dpo")
+FIGURES = ("reinforce.png", "dpo.png", "dpo-margins.png", "frontier.png")
+SETTINGS = ("advantage", "lr", "batch_size", "epochs", "limit", "eval_limit", "prompt_len", "completion_len", "max_len",
+            "seed")
 SPREADS = (("reward", "test reward", 3), ("kl", "KL, nats", 2), ("distinct_2", "distinct-2", 3),
            ("test_loss", "test loss", 3), ("test_accuracy", "accuracy", 3))  # key of eval.json, name, decimal places
 MEASURES = f"""
 reward: mean P(positive) of n test prompts, ± its standard error over the prompts. KL: to the original policy, nats
 per completion. distinct-1, distinct-2: different words and word pairs over all, and repeated: share of the completions
-that are there more than once; all three in the first {DISTINCT_TEXTS} completions. log-prob a token: the original
-policy's, of this policy's text. natural: share of the completions whose log-prob a token lies where the middle 95 % of
-the original's own lie; from {MOSTLY} up the text is called mostly natural.
+that are there more than once; all three in the first {measures.DISTINCT_TEXTS} completions. log-prob a token: the
+original policy's, of this policy's text. natural: share of the completions whose log-prob a token lies where the
+middle 95 % of the original's own lie; from {MOSTLY} up the text is called mostly natural.
 """
 BETAS = """
 The test loss is not comparable across beta: beta multiplies the margin inside it, so a larger beta can have a lower
@@ -45,8 +47,9 @@ nats), KL (what it cost) and reward (what it is for).
 class Report:
     """All runs of a folder, by what was done. A method gives the lines of one section."""
 
-    def __init__(self, found):
+    def __init__(self, found, folder=None):
         self.found, self.finished = found, [run for run in found if run.result]
+        self.make = make_command(found, folder)
         of = {method: [run for run in self.finished if run.method == method] for method in ORDER}
         self.baseline = next(iter(of["untouched"]), None)
         self.originals = self.baseline.completions if self.baseline else []
@@ -55,10 +58,17 @@ class Report:
         self.dpo = of["DPO"]
         self.compared = [run for run in self.finished if run.method != "samples of the original"]
         self.rewards = None  # (prompts, k) of the original policy's samples
-        for run in of["samples of the original"]:
-            values = np.array([row["reward"] for row in run.completions])
-            if len(values) and len(values) % run.k == 0:
-                self.rewards = values.reshape(-1, run.k)
+        for run in sorted(of["samples of the original"], key=lambda run: run.k):
+            prompts = {}
+            for row in run.completions:
+                prompts.setdefault(row["number"], []).append(row["reward"])
+            whole = [rewards for rewards in prompts.values() if len(rewards) == run.k]
+            self.rewards = np.array(whole) if whole else self.rewards  # the last has the most samples a prompt
+
+    def lacking(self, what, target):
+        """A line on what is not there, and the command that makes it. make demo makes all of its runs at once."""
+        own = "" if self.make.startswith("make demo") and target != "sweep" else " " + target
+        return ["", f"*Not here: {what}. `{self.make}{own}` makes it.*", ""]
 
     def natural(self, run):
         return measures.natural(run.completions, self.originals) if run.completions and self.originals else None
@@ -67,7 +77,7 @@ class Report:
         """A run's row in a table: results, and measures of its text."""
         row = brief(run, **more) | {"n": f"{run.result['n']:,}"}
         if run.completions:
-            texts = [line["completion"] for line in run.completions[:DISTINCT_TEXTS]]
+            texts = [line["completion"] for line in run.completions[: measures.DISTINCT_TEXTS]]
             row |= {f"distinct-{n}": digits(measures.distinct(texts, n), 3) for n in (1, 2)}
             row |= {"repeated": digits(measures.repeated(texts), 3)}
             row |= {"log-prob a token": digits(measures.logp_a_token(run.completions), 2)}
@@ -80,27 +90,27 @@ class Report:
     def q_1(self):
         yield "## Q1.1: average reward of the untouched policy"
         if not self.baseline:
-            yield from lacking(*BASELINE)
+            yield from self.lacking(*BASELINE)
         else:
             own = [(self.baseline, with_error(self.baseline.result, "reward", 4))]
             yield from beside("test reward", own, student="0.6231")
         yield "## Q1.2: five generations of the untouched policy"
-        yield from samples(self.baseline) if self.baseline else lacking(*BASELINE)
+        yield from samples(self.baseline) if self.baseline else self.lacking(*BASELINE)
 
     def q_2(self):
         yield "## Q2.1: REINFORCE, reward over time and on the test set"
         if any("alpha" in run.flags and run.metrics for run in self.found):
             yield "\n![reward and KL against the step](reinforce.png)\n"
         own = [(run, with_error(run.result, "reward", 4)) for run in self.reinforce if run.flags["alpha"] == 0]
-        yield from beside("test reward", own, "at least 0.75", "0.7939") if own else lacking(*REINFORCE)
+        yield from beside("test reward", own, "at least 0.75", "0.7939") if own else self.lacking(*REINFORCE)
         yield "## Q2.2: five generations after REINFORCE"
-        yield from samples(self.alpha_0) if self.alpha_0 else lacking(*REINFORCE)
+        yield from samples(self.alpha_0) if self.alpha_0 else self.lacking(*REINFORCE)
 
     def q_3_1(self):
         yield "## Q3.1: KL over time without the penalty"
         if not self.alpha_0:
-            return (yield from lacking(*REINFORCE))
-        yield f"\nThe right half of the figure above; here single batches of `{self.alpha_0.name}`:\n"
+            return (yield from self.lacking(*REINFORCE))
+        yield f"\n![reward and KL against the step](reinforce.png)\n\nSingle batches of `{self.alpha_0.name}`:\n"
         steps = [row for row in self.alpha_0.metrics if {"step", "kl", "reward"} <= set(row)]
         shown = [steps[round(share * (len(steps) - 1))] for share in (0, 0.1, 0.25, 0.5, 0.75, 1)] if steps else []
         yield from table([{"step": str(row["step"]), "KL, nats": f"{row['kl']:.2f}", "reward": f"{row['reward']:.3f}"}
@@ -109,7 +119,7 @@ class Report:
     def q_3_2(self):
         yield "## Q3.2: three regimes of alpha\n\nalpha is the reward that a nat of a whole completion's KL costs."
         if len({run.flags["alpha"] for run in self.reinforce}) < 3:
-            yield from lacking("three alphas", "make sweep")
+            yield from self.lacking("three alphas", "sweep")
         if not self.reinforce:
             return
         rows = []
@@ -121,14 +131,15 @@ class Report:
         judged = [(run, self.natural(run)) for run in self.reinforce]
         judged = [(run, natural) for run, natural in judged if natural is not None]
         if not judged:
-            return (yield from lacking("completions of the untouched policy, to tell natural text by", "make baseline"))
+            return (yield from self.lacking("completions of the untouched policy, to tell natural text by", "baseline"))
         held = [run for run, _ in judged if run.result["reward"] < 0.65 and run.flags["alpha"] > 0]
         poor = [run for run, natural in judged if natural < MOSTLY]
+        poor = [run for run in poor if run.flags["alpha"] > 0] or poor  # alpha 0 if there is no other
         good = sorted(((natural, run.name, run) for run, natural in judged
                        if run.result["reward"] >= 0.8 and natural >= MOSTLY), reverse=True)
         regimes = (
             ("high alpha", "reward stays below 0.65", "alpha 1000", held),
-            ("low alpha", "poor text", "alpha 1e8, as they wrote it", poor),
+            ("low alpha", "poor text", "alpha 1e8 (1e-8 must be meant)", poor),
             ("in between", "reward at least 0.80, mostly natural text", "alpha 0.0003", [run for *_, run in good]),
         )
         yield from table([{"regime": regime, "the assignment's target": target, "a student's report (theirs)": student,
@@ -144,19 +155,19 @@ class Report:
         if any("beta" in run.flags and run.metrics for run in self.found):
             yield "\n![DPO loss against the step](dpo.png)\n"
         own = [(run, digits(run.result.get("test_loss"), 4)) for run in self.dpo]
-        yield from beside("test loss", own, "", "0.5968") if own else lacking(*DPO)
+        yield from beside("test loss", own, "", "0.5968") if own else self.lacking(*DPO)
         yield "## Q4.2: reward after DPO, beside REINFORCE"
-        yield from table([brief(run, method=run.method) for run in self.compared]) if own else lacking(*DPO)
+        yield from table([brief(run, method=run.method) for run in self.compared]) if own else self.lacking(*DPO)
         yield "## Q4.3: five generations after DPO"
         if not self.dpo:
-            yield from lacking(*DPO)
+            yield from self.lacking(*DPO)
         for run in {run.flags["lr"]: run for run in reversed(self.dpo)}.values():  # one for each learning rate
             yield from samples(run)
 
     def q_4_4(self):
         yield "## Q4.4: three betas"
         if len({run.flags["beta"] for run in self.dpo}) < 3:
-            yield from lacking("three betas", "make sweep")
+            yield from self.lacking("three betas", "sweep")
         if any("beta" in run.flags and run.metrics for run in self.found):
             yield "\n![accuracy, margin and log-probs against the step](dpo-margins.png)\n"
         rows = []
@@ -179,29 +190,30 @@ class Report:
             yield "\n![test reward against KL](frontier.png)\n"
         if self.rewards is None:
             lacks = "samples of the original policy, for best-of-n and the limit"
-            return (yield from lacking(lacks, f"make RUNS={self.found[0].folder.parent} samples"))
+            return (yield from self.lacking(lacks, "samples"))
         prompts, k = self.rewards.shape
         yield f"\nBest of n samples of the original policy ({prompts} prompts, {k} samples each):\n"
         rows = []
         for n in measures.counts(k):
-            mean, error = measures.mean_and_error(measures.best_of(self.rewards, n))
-            most = digits(measures.best_of_kl(n), 2)
-            rows.append({"n": str(n), "reward": f"{mean:.3f} ± {error:.3f}", "KL at most, nats": most})
+            reward = "{:.3f} ± {:.3f}".format(*measures.mean_and_error(measures.best_of(self.rewards, n)))
+            rows.append({"n": str(n), "reward": reward, "KL at most, nats": digits(measures.best_of_kl(n), 2)})
         yield from table(rows, "best-of-n")
         points = measures.limit(self.rewards)
-        few = f"fewer than {measures.ENOUGH} of the {k} samples a prompt are effective, and the estimate is worthless"
+        enough = f"at least {measures.ENOUGH} of the {k} samples a prompt are effective (mean over the prompts)"
         if not points:
-            return (yield f"The limit, pi\\* = ref exp(r / alpha) / Z, is not drawn: {few}.\n")
-        alpha, reward, kl = points[-1]
-        yield (f"The limit, pi\\* = ref exp(r / alpha) / Z, is drawn for alpha from {points[0][0]:g} down to "
-               f"{alpha:.2g}, where it has reward {reward:.3f} at {kl:.2f} nats. Below, {few}. How far each run is "
-               "from it: the reward that the limit has at the run's KL, and the KL that it needs for the run's "
-               "reward, where it is drawn.\n")
+            return (yield f"The limit, pi\\* = ref exp(r / alpha) / Z, is not drawn: for no alpha {enough}.\n")
+        alpha, _, kl = points[-1]
+        reward = "{:.3f} ± {:.3f}".format(*measures.mean_and_error(measures.tilted(self.rewards, alpha)[0]))
+        yield (f"The limit, pi\\* = ref exp(r / alpha) / Z, is estimated from the same samples for alpha from "
+               f"{points[0][0]:g} down to {alpha:.2g}, where it has reward {reward} at {kl:.2f} nats: so far {enough}. "
+               "Beyond, what it is made of has not been sampled, and the estimate is worthless. How far each run is "
+               "from it: the reward that the limit has at the run's KL, and the KL that it needs for the run's reward; "
+               "- where it is not drawn.\n")
         _, rewards, kls = zip(*points, strict=True)
         rows = []
         for run in self.compared:
-            at_kl = digits(measures.between(run.result["kl"], kls, rewards), 3)
-            at_reward = digits(measures.between(run.result["reward"], rewards, kls), 2)
+            at_kl = digits(measures.between(run.result["kl"], kls, rewards), 3) or "-"
+            at_reward = digits(measures.between(run.result["reward"], rewards, kls), 2) or "-"
             there = {"the limit's reward for this KL": at_kl, "the limit's KL for this reward": at_reward}
             rows += [brief(run) | there] if run.method != "untouched" else []
         yield from table(rows, "limit")
@@ -219,18 +231,37 @@ class Report:
         return ["## Other seeds: mean (lowest to highest)", *table(rows, "seeds")] if rows else []
 
 
+    def settings(self):
+        """With which settings each run was made."""
+        rows = []
+        for run in self.found:
+            flags = {key: str(run.flags[key]) for key in SETTINGS if run.flags.get(key) is not None}
+            steps = str(max((row["step"] for row in run.metrics if "step" in row), default=""))
+            rows.append({"run": f"`{run.name}`", "precision": run.about.get("precision", ""), "steps": steps, **flags})
+        return ["## How they were made", "", made_with(self.found), *table(rows, "settings")]
+
+
 def best_beta(lr, some):
     """In words: which beta is best by what counts, of runs with one learning rate."""
     if len(some) < 2:
         return []
-    best, *others = sorted((run.result for run in some), key=lambda result: -result["reward"])
-    name = {id(run.result): f"`{run.name}`" for run in some}
-    ties = [name[id(other)] for other in others if best["reward"] - other["reward"] < 2 * (
-        (best["reward_se"] or 0) ** 2 + (other["reward_se"] or 0) ** 2) ** 0.5]
-    tie = f" (not told apart from {', '.join(ties)}: within two standard errors)" if ties else ""
-    lowest = min((run.result for run in some), key=lambda result: result["test_loss"])
-    return [f"At lr {lr:g} the highest reward is that of {name[id(best)]}{tie}; the lowest test loss, that of "
-            f"{name[id(lowest)]}, does not choose between betas.\n"]
+    best, *others = sorted(some, key=lambda run: -run.result["reward"])
+    ties = ", ".join(f"`{run.name}`" for run in others if not better(best, run))
+    tie = f" (not told apart from {ties}: within two standard errors)" if ties else ""
+    lowest = min(some, key=lambda run: run.result["test_loss"])
+    return [f"At lr {lr:g} the highest reward is that of `{best.name}`{tie}; the lowest test loss, that of "
+            f"`{lowest.name}`, does not choose between betas.\n"]
+
+
+def better(run, other):
+    """True if the run's reward is above the other's by two standard errors of the difference, prompt by prompt."""
+    pairs = [[row["reward"] for row in one.completions] for one in (run, other)]
+    if len(pairs[0]) == len(pairs[1]) > 1:
+        mean, error = measures.mean_and_error(np.array(pairs[0]) - np.array(pairs[1]))
+    else:  # other prompts: as if independent
+        mean = run.result["reward"] - other.result["reward"]
+        error = sum((one.result["reward_se"] or 0) ** 2 for one in (run, other)) ** 0.5
+    return mean > 2 * error
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -273,19 +304,21 @@ def main(argv=None):
     args = flags.parse_args(argv)
     if not args.folder.is_dir():
         raise runs.UserError(f"there is no folder {args.folder}")
-    report = Report(load(args.folder))
+    report = Report(load(args.folder), args.folder)
     if not report.found:
         raise runs.UserError(f"{args.folder} has no run: no folder in it holds a run's config.json")
     others = [run for folder in sorted(args.folder.glob("seed-*")) for run in load(folder)]
+    for name in FIGURES:
+        (args.folder / name).unlink(missing_ok=True)  # of runs that are gone
     for name, figure in figures(report):
         figure.savefig(args.folder / name, dpi=150)
         plot.plt.close(figure)
     overview = [*report.all_runs(), *unfinished(report.found, args.expect)]
-    lines = [f"# Results of {inline(args.folder.name)}\n", made_with(report.found), "", *overview]
+    lines = [f"# Results of {inline(args.folder.name)}\n", *overview]
     for section in (report.q_1(), report.q_2(), report.q_3_1(), report.q_3_2(), report.q_4(), report.q_4_4(),
                     report.frontier(), report.seeds(others)):
         lines += ["", *section]
-    lines += ["## The same prompts, continued by every policy", *side_by_side(report.compared)]
+    lines += ["## The same prompts, continued by every policy", *side_by_side(report.compared), *report.settings()]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
     runs.write_whole(args.folder / "results.md", text)
     shown = [line for line in overview if not line.startswith("<!--")]

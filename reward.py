@@ -21,11 +21,10 @@ import runs
 from common import (check_length, completion_logits, completion_mask, decode, load_model, load_policy,
                     load_prompts, load_reference, load_tokenizer, masked_sum, sample, seeded)
 from fast import logps_and_kl, pick_device
-from measures import distinct
+from measures import DISTINCT_TEXTS, distinct
 
 SAMPLES = 5  # completions shown of every policy, always of the same prompts
 SAMPLE_EVERY = 50  # training steps between two looks at them
-DISTINCT_TEXTS = 500  # distinct-2 falls with the number of texts, so this many are counted in every run
 
 
 class Scorer(NamedTuple):

@@ -4,11 +4,16 @@ import contextlib
 import functools
 import json
 import re
+import sys
 import textwrap
 import unicodedata
+from pathlib import Path
 
 import runs
 
+RESULTS = ("reward", "reward_se", "kl", "kl_se", "n", "samples")  # what an eval.json must have; DPO's more
+TESTED = ("test_loss", "test_accuracy", "test_margin")
+COMPLETION = {"number", "completion", "reward", "reference_logp", "length"}
 ORDER = ("untouched", "REINFORCE", "REINFORCE, leave-one-out", "DPO", "evaluated", "samples of the original")
 
 
@@ -24,11 +29,12 @@ class Run:
         self.result = None
         with contextlib.suppress(FileNotFoundError):
             self.result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-            self.result["reward"], self.result["kl"]  # a KeyError here, not in the middle of a table
+            wanted = (*RESULTS, *TESTED) if "beta" in self.flags else RESULTS
+            [self.result[key] for key in wanted]  # a KeyError here, not in the middle of a table
 
     @functools.cached_property
     def completions(self):
-        return runs.read_rows(self.folder / "completions.jsonl")
+        return [row for row in runs.read_rows(self.folder / "completions.jsonl") if set(row) >= COMPLETION]
 
     @property
     def method(self):
@@ -56,7 +62,9 @@ def load(folder):
             run = Run(path.parent)
             found.append((run.place, run))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
-            print(f"{path.parent} is left out: not a run's files, or broken ({type(problem).__name__}: {problem})")
+            reason = f"{type(problem).__name__}: {problem}"
+            print(f"{path.parent} is left out: not a run's files, or broken ({reason}). A broken run is made again "
+                  "after its folder has been removed", file=sys.stderr)
     return [run for _, run in sorted(found, key=lambda item: item[0])]
 
 
@@ -92,8 +100,11 @@ def table(rows, name=None):
     return ["", *([f"<!-- {name} -->", *lines, "<!-- end -->"] if name else lines), ""]
 
 
-def lacking(what, command):
-    return ["", f"*Not here: {what}. `{command}` makes it.*", ""]
+def make_command(found, folder):
+    """How make is called for runs in this folder: make demo if they are of the demo's world."""
+    toy = any((Path(run.flags["policy"]).parent / "world.json").exists() for run in found)
+    usual = folder == Path("runs/toy" if toy else "runs/course")
+    return ("make demo" if toy else "make") + ("" if usual else f" RUNS={folder}")
 
 
 def brief(run, **more):
@@ -114,8 +125,10 @@ def unfinished(found, expected):
     names = [run.name for run in found]
     missing = ", ".join(f"`{name}`" for name in dict.fromkeys(expected) if name not in names)
     lines = [f"`{run.name}` is not finished: it is drawn as far as it is" for run in found if not run.result]
-    lines += [f"`{run.name}` has no completions.jsonl: no measures of its text"
-              for run in found if run.result and not run.completions]
+    for run in found:
+        lacks = [] if run.completions or not run.result else ["completions.jsonl, so no measures of its text"]
+        lacks += [] if run.metrics or not {"alpha", "beta"} & set(run.flags) else ["metrics.jsonl, so no curve"]
+        lines += [f"`{run.name}` has no {file}: remove its folder to have it made again" for file in lacks]
     return [f"- {line}" for line in lines] + ([f"- not here: {missing}"] if missing else [])
 
 

@@ -261,8 +261,8 @@ def test_betas_are_compared_by_what_compares(folder):
     betas = section(folder, "Q4.4")
     row = cells(betas, "`beta-0.25`")
     assert (row["margin / beta, nats"], row["a student's (theirs)"], row["accuracy"]) == ("0.80", "0.6207", "0.900")
-    # 0.60 and 0.59, each ± 0.01: their difference is 0.01 ± 0.014. 0.50 is far away.
-    assert "highest reward is that of `beta-0.1` (not told apart from `beta-0.25`: within two" in betas
+    # The completions' rewards are alike, so nothing tells them apart, whatever the standard errors of each.
+    assert "highest reward is that of `beta-0.1` (not told apart from `beta-0.25`, `beta-0.4`: within two" in betas
     assert "the lowest test loss, that of `beta-0.4`, does not choose" in betas
     about = json.loads((folder / "beta-0.1" / "config.json").read_text())
     about["flags"]["lr"] = 5e-5  # at another learning rate there is no number of the student's, and no contest
@@ -270,7 +270,19 @@ def test_betas_are_compared_by_what_compares(folder):
     report.main([str(folder)])
     betas = section(folder, "Q4.4")
     assert cells(betas, "`beta-0.1`")["a student's (theirs)"] == ""
-    assert "At lr 5e-07 the highest reward is that of `beta-0.25`; the lowest" in betas and "At lr 5e-05" not in betas
+    assert "At lr 5e-07 the highest reward is that of `beta-0.25` (not" in betas and "At lr 5e-05" not in betas
+
+
+def test_rewards_are_compared_prompt_by_prompt_where_they_can_be(folder):
+    best, other = (run for run in tables.load(folder) if run.name in ("beta-0.25", "beta-0.4"))
+    assert not report.better(best, other)
+    for row in other.completions:
+        row["reward"] -= 0.02 + 0.01 * (row["number"] % 2)  # each worse, by 0.025 ± 0.001: far less than they vary
+    assert report.better(best, other) and not report.better(other, best)
+    other.completions.pop()  # other prompts: 0.59 and 0.50, each ± 0.01, differ by 0.09 ± 0.014
+    assert report.better(best, other)
+    other.result["reward"] = 0.57  # 0.02 ± 0.014
+    assert not report.better(best, other)
 
 
 def test_the_frontiers_tables(folder):
@@ -283,14 +295,25 @@ def test_the_frontiers_tables(folder):
     # alpha 0.46985, with KL 0.6 / 0.46985 - ln mean(e^(r/alpha)) = 0.1667; and 0.1 nats at alpha 0.62035, with 0.5643.
     row = cells(text, "`beta-0.1`")
     assert (row["the limit's reward for this KL"], row["the limit's KL for this reward"]) == ("0.564", "0.17")
-    assert cells(text, "`alpha-0`")["the limit's KL for this reward"] == ""  # beyond what is drawn
+    assert cells(text, "`alpha-0`")["the limit's KL for this reward"] == "-"  # beyond what is drawn
 
 
 def test_a_limit_of_too_few_samples_is_not_drawn(folder):
     shutil.rmtree(folder / "samples-16")
     write_run(folder / "samples-4", 0.5, 0, "it is", {"samples_per_prompt": 4})
     report.main([str(folder)])
-    assert "is not drawn: fewer than 8 of the 4 samples a prompt are effective" in section(folder, "The frontier")
+    assert "is not drawn: for no alpha at least 8 of the 4 samples" in section(folder, "The frontier")
+
+
+def test_of_several_sample_runs_the_largest_is_taken_and_of_a_cut_one_the_whole_prompts(folder):
+    write_run(folder / "samples-4", 0.5, 0, "it is", {"samples_per_prompt": 4})
+    completions = folder / "samples-16" / "completions.jsonl"
+    completions.write_text(completions.read_text()[:-700])  # some of the last prompt's 16 rows
+    report.main([str(folder)])
+    assert "(19 prompts, 16 samples each)" in section(folder, "The frontier")
+    completions.unlink()
+    report.main([str(folder)])
+    assert "(20 prompts, 4 samples each)" in section(folder, "The frontier")
 
 
 def test_a_report_without_any_one_of_its_runs(folder, capsys):
@@ -311,21 +334,45 @@ def test_a_report_without_any_one_of_its_runs(folder, capsys):
 @pytest.mark.parametrize(
     ("name", "title", "said"),
     [
-        ("baseline", "Q1.1", "*Not here: the untouched policy. `make baseline` makes it.*"),
-        ("baseline", "Q3.2", "completions of the untouched policy, to tell natural text by. `make baseline`"),
-        ("alpha-0", "Q2.2", "*Not here: a run with alpha 0. `make reinforce` makes it.*"),
-        ("alpha-0", "Q3.1", "*Not here: a run with alpha 0. `make reinforce` makes it.*"),
-        ("alpha-2", "Q3.2", "*Not here: three alphas. `make sweep` makes it.*"),
-        ("beta-0.4", "Q4.4", "*Not here: three betas. `make sweep` makes it.*"),
-        ("beta-*", "Q4.1", "*Not here: a DPO run. `make dpo` makes it.*"),
-        ("samples-16", "The frontier", "samples of the original policy, for best-of-n and the limit. `make RUNS="),
+        ("baseline", "Q1.1", "*Not here: the untouched policy. `make RUNS=HERE baseline` makes it.*"),
+        ("baseline", "Q3.2", "completions of the untouched policy, to tell natural text by. `make RUNS=HERE baseline`"),
+        ("alpha-0", "Q2.2", "*Not here: a run with alpha 0. `make RUNS=HERE reinforce` makes it.*"),
+        ("alpha-0", "Q3.1", "*Not here: a run with alpha 0. `make RUNS=HERE reinforce` makes it.*"),
+        ("alpha-2", "Q3.2", "*Not here: three alphas. `make RUNS=HERE sweep` makes it.*"),
+        ("beta-0.4", "Q4.4", "*Not here: three betas. `make RUNS=HERE sweep` makes it.*"),
+        ("beta-*", "Q4.1", "*Not here: a DPO run. `make RUNS=HERE dpo` makes it.*"),
+        ("samples-16", "The frontier", "for best-of-n and the limit. `make RUNS=HERE samples` makes it.*"),
     ],
 )
 def test_a_section_says_what_it_lacks(folder, name, title, said):
     for path in folder.glob(name):
         shutil.rmtree(path)
     report.main([str(folder)])
-    assert said in section(folder, title)
+    assert said.replace("HERE", str(folder)) in section(folder, title)
+
+
+def test_in_the_demos_world_everything_is_made_by_make_demo(folder, tmp_path, monkeypatch):
+    for path in folder.glob("*/config.json"):  # the world: a policy with a world.json beside its folder
+        about = json.loads(path.read_text())
+        about["flags"] |= dict.fromkeys(("policy", "reference"), str(tmp_path / "world" / "policy"))
+        path.write_text(json.dumps(about))
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "world.json").touch()
+    for name in ("alpha-0", "beta-0.4"):
+        shutil.rmtree(folder / name)
+    (tmp_path / "runs").mkdir()
+    shutil.move(folder, tmp_path / "runs" / "toy")
+    monkeypatch.chdir(tmp_path)
+    report.main(["runs/toy"])
+    assert "a run with alpha 0. `make demo` makes it" in section(Path("runs/toy"), "Q2.2")
+    assert "three betas. `make demo sweep` makes it" in section(Path("runs/toy"), "Q4.4")
+
+
+def test_settings_are_said(folder):
+    report.main([str(folder)])
+    row = cells(section(folder, "How they were made"), "`loo-0.02`")
+    found = [row[key] for key in ("advantage", "lr", "steps", "seed", "precision")]
+    assert found == ["loo", "0.0001", "8", "0", "fp32"]
 
 
 def test_what_is_broken_or_unfinished_is_said(folder, capsys):
@@ -337,15 +384,17 @@ def test_what_is_broken_or_unfinished_is_said(folder, capsys):
     (folder / "beta-0.25" / "config.json").write_text("[]")
     (folder / "beta-0.4" / "eval.json").write_text("{}")
     (folder / "notes").mkdir()
+    (folder / "alpha-0.02" / "metrics.jsonl").unlink()
     (folder / "reinforce.png").write_text("old")
     report.main([str(folder)])
     said = capsys.readouterr()
     assert f"{folder}/alpha-0/metrics.jsonl, line 9 is cut off or broken: left out" in said.err
     assert f"{folder}/alpha-0/metrics.jsonl, line 10 is cut off or broken: left out" in said.err
     assert "- `alpha-2` is not finished: it is drawn as far as it is" in said.out
-    assert "- `loo-0.02` has no completions.jsonl: no measures of its text" in said.out
+    assert "- `alpha-0.02` has no metrics.jsonl, so no curve: remove its folder to have it made again" in said.out
+    assert "- `loo-0.02` has no completions.jsonl, so no measures of its text: remove its folder to have" in said.out
     for name in ("beta-0.1", "beta-0.25", "beta-0.4"):
-        assert f"{folder / name} is left out: not a run's files, or broken" in said.out
+        assert f"{folder / name} is left out: not a run's files, or broken" in said.err
     assert "notes" not in said.out and (folder / "reinforce.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -370,7 +419,7 @@ def test_runs_are_in_the_courses_order(tmp_path):
                         "alpha-10": {"alpha": 10.0, **reinforce}, "alpha-2": {"alpha": 2.0, **reinforce},
                         "loo-2": {"alpha": 2.0, **reinforce, "advantage": "loo"}, "mine": {"reference": None},
                         "old": {"samples_per_prompt": 2}, "baseline": {}}.items():
-        write_run(tmp_path / name, 0.5, 0, "x", flags)
+        write_run(tmp_path / name, 0.5, 0, "x", flags, test_loss=0.5, test_accuracy=1, test_margin=0)
     found = tables.load(tmp_path)
     names = ["baseline", "alpha-2", "alpha-10", "loo-2", "beta-0.4", "beta-0.1", "mine", "old"]
     assert [run.name for run in found] == names

@@ -544,7 +544,7 @@ def test_make_demo_runs_what_is_missing_and_nothing_else(world, tmp_path):
     seeds = [line for line in planned("seeds", "SEEDS=5") if "report.py" not in line]
     assert all("seed-5" in line and "--seed 5" in line for line in seeds[1:]) and len(seeds) == 5  # alpha-0, and four
     together = make("baseline")
-    assert together.returncode != 0 and "make demo makes its own runs" in together.stderr
+    assert together.returncode != 0 and "in the small world there are only" in together.stderr
 
 
 # ---- bad input: one clear line, exit code not 0, nothing half-written --------------------------------------
