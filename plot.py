@@ -99,17 +99,18 @@ def dpo_margins_figure(runs):
         for run, colour in zip(some, itertools.cycle(COLOURS), strict=False):
             nats = 1 / run.flags["beta"]
             draw(left, run, "accuracy", colour, run.name, faint=False)
-            draw(middle, run, "margin", colour, run.name, faint=False, scale=nats)
+            draw(middle, run, "margin", colour, faint=False, scale=nats)
             left.plot(*tested(run, "test_accuracy"), "o", color=colour)
             middle.plot(*tested(run, "test_margin", nats), "o", color=colour)
-            draw(right, run, "chosen_logratio", colour, f"{run.name}, chosen", faint=False)
-            draw(right, run, "rejected_logratio", colour, f"{run.name}, rejected", faint=False, style="--")
+            draw(right, run, "chosen_logratio", colour, faint=False)
+            draw(right, run, "rejected_logratio", colour, faint=False, style="--")
         left.set(xlabel="step", ylabel=f"accuracy (lr {lr:g})", ylim=(0.4, 1.02))
         middle.set(xlabel="step", ylabel="margin / beta, nats")
         right.set(xlabel="step", ylabel="log-prob less the original's, nats")
         right.set_title("solid: chosen, dashed: rejected", fontsize=10)
         right.axhline(0, color="grey", linewidth=0.8)
-        left.legend(title="dots: test pairs", loc="lower right")
+        if left.get_legend_handles_labels()[0]:  # none before the first step
+            left.legend(title="dots: test pairs", loc="lower right")
     return figure
 
 

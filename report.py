@@ -20,7 +20,7 @@ import runs
 from tables import (ORDER, beside, brief, digits, inline, load, made_with, make_command, samples, side_by_side, spread,
                     table, unfinished, with_error)
 
-MOSTLY = 0.5  # share of natural completions from which on a run's text is called mostly natural
+MOSTLY = 0.8  # share of natural completions from which on a run's text is called mostly natural
 STUDENT_LOSSES = {0.1: "0.6521", 0.25: "0.6207", 0.4: "0.6044"}  # test loss by beta, lr 5e-7
 BASELINE = ("the untouched policy", "baseline")  # what can be missing, and the target of make for it
 REINFORCE = ("a run with alpha 0", "reinforce")
@@ -77,7 +77,7 @@ class Report:
         """A run's row in a table: results, and measures of its text."""
         row = brief(run, **more) | {"n": f"{run.result['n']:,}"}
         if run.completions:
-            texts = [line["completion"] for line in run.completions[: measures.DISTINCT_TEXTS]]
+            texts = [line["completion"] for line in run.completions[:: run.k][: measures.DISTINCT_TEXTS]]
             row |= {f"distinct-{n}": digits(measures.distinct(texts, n), 3) for n in (1, 2)}
             row |= {"repeated": digits(measures.repeated(texts), 3)}
             row |= {"log-prob a token": digits(measures.logp_a_token(run.completions), 2)}
@@ -108,11 +108,11 @@ class Report:
 
     def q_3_1(self):
         yield "## Q3.1: KL over time without the penalty"
-        if not self.alpha_0:
-            return (yield from self.lacking(*REINFORCE))
+        steps = [row for row in self.alpha_0.metrics if {"step", "kl", "reward"} <= set(row)] if self.alpha_0 else []
+        if not steps:
+            return (yield from self.lacking("the curve of a run with alpha 0", "reinforce"))
         yield f"\n![reward and KL against the step](reinforce.png)\n\nSingle batches of `{self.alpha_0.name}`:\n"
-        steps = [row for row in self.alpha_0.metrics if {"step", "kl", "reward"} <= set(row)]
-        shown = [steps[round(share * (len(steps) - 1))] for share in (0, 0.1, 0.25, 0.5, 0.75, 1)] if steps else []
+        shown = [steps[round(share * (len(steps) - 1))] for share in (0, 0.1, 0.25, 0.5, 0.75, 1)]
         yield from table([{"step": str(row["step"]), "KL, nats": f"{row['kl']:.2f}", "reward": f"{row['reward']:.3f}"}
                           for row in {row["step"]: row for row in shown}.values()], "kl-over-time")
 
@@ -132,15 +132,16 @@ class Report:
         judged = [(run, natural) for run, natural in judged if natural is not None]
         if not judged:
             return (yield from self.lacking("completions of the untouched policy, to tell natural text by", "baseline"))
-        held = [run for run, _ in judged if run.result["reward"] < 0.65 and run.flags["alpha"] > 0]
+        held = [run for run, natural in judged
+                if run.result["reward"] < 0.65 and run.flags["alpha"] > 0 and natural >= MOSTLY]
         poor = [run for run, natural in judged if natural < MOSTLY]
         poor = [run for run in poor if run.flags["alpha"] > 0] or poor  # alpha 0 if there is no other
-        good = sorted(((natural, run.name, run) for run, natural in judged
-                       if run.result["reward"] >= 0.8 and natural >= MOSTLY), reverse=True)
+        good = sorted((run for run, natural in judged if run.result["reward"] >= 0.8 and natural >= MOSTLY),
+                      key=lambda run: run.result["kl"])
         regimes = (
             ("high alpha", "reward stays below 0.65", "alpha 1000", held),
             ("low alpha", "poor text", "alpha 1e8 (1e-8 must be meant)", poor),
-            ("in between", "reward at least 0.80, mostly natural text", "alpha 0.0003", [run for *_, run in good]),
+            ("in between", "reward at least 0.80, mostly natural text", "alpha 0.0003", good),
         )
         yield from table([{"regime": regime, "the assignment's target": target, "a student's report (theirs)": student,
                            "here": ", ".join(f"`{run.name}`" for run in some) or "none of the alphas that were run"}
@@ -161,8 +162,9 @@ class Report:
         yield "## Q4.3: five generations after DPO"
         if not self.dpo:
             yield from self.lacking(*DPO)
-        for run in {run.flags["lr"]: run for run in reversed(self.dpo)}.values():  # one for each learning rate
-            yield from samples(run)
+        for lr in sorted({run.flags["lr"] for run in self.dpo}):  # one each, of the course's beta if it is there
+            some = [run for run in self.dpo if run.flags["lr"] == lr]
+            yield from samples(min(some, key=lambda run: abs(run.flags["beta"] - 0.1)))
 
     def q_4_4(self):
         yield "## Q4.4: three betas"
@@ -221,15 +223,15 @@ class Report:
     def seeds(self, others):
         """The same runs with other seeds, in folders seed-*."""
         rows = []
-        for run in self.finished:
-            same = [run, *(other for other in others if other.name == run.name and other.result)]
-            row = {"run": f"`{run.name}`", "seeds": ", ".join(str(one.flags["seed"]) for one in same)}
+        for own in self.finished:
+            same = {run.flags["seed"]: run for run in (*reversed(others), own) if run.name == own.name and run.result}
+            same = [same[seed] for seed in sorted(same)]
+            row = {"run": f"`{own.name}`", "seeds": ", ".join(str(one.flags["seed"]) for one in same)}
             for key, name, places in SPREADS:
                 values = [one.result[key] for one in same if one.result.get(key) is not None]
                 row[name] = spread(values, places) if values else ""
             rows += [row] if len(same) > 1 else []
         return ["## Other seeds: mean (lowest to highest)", *table(rows, "seeds")] if rows else []
-
 
     def settings(self):
         """With which settings each run was made."""
@@ -255,9 +257,10 @@ def best_beta(lr, some):
 
 def better(run, other):
     """True if the run's reward is above the other's by two standard errors of the difference, prompt by prompt."""
-    pairs = [[row["reward"] for row in one.completions] for one in (run, other)]
-    if len(pairs[0]) == len(pairs[1]) > 1:
-        mean, error = measures.mean_and_error(np.array(pairs[0]) - np.array(pairs[1]))
+    own, others = ({(row["number"], row.get("prompt")): row["reward"] for row in one.completions}
+                   for one in (run, other))
+    if own.keys() == others.keys() and len(own) > 1 and run.k == other.k == 1:
+        mean, error = measures.mean_and_error(np.array([own[prompt] - others[prompt] for prompt in own]))
     else:  # other prompts: as if independent
         mean = run.result["reward"] - other.result["reward"]
         error = sum((one.result["reward_se"] or 0) ** 2 for one in (run, other)) ** 0.5
@@ -290,9 +293,13 @@ def fill_in(readme, folder, results):
             raise runs.UserError(f"{readme} has a place for a table {place[2]}, which {folder}/results.md has not")
         return f"{place[1]}\n\n{tables[place[2]]}\n<!-- end -->"
 
+    shown = re.findall(rf"\(figures/{folder_name}-(\S+?\.png)\)", text)
+    for name in shown:
+        if not (folder / name).exists():
+            raise runs.UserError(f"{readme} shows a figure {name}, for which {folder} has no runs")
     text = re.sub(rf"(<!-- (\S+) of {folder_name} -->)\n.*?<!-- end -->", newest, text, flags=re.DOTALL)
     runs.write_whole(readme, text)
-    for name in re.findall(rf"\(figures/{folder_name}-(\S+?\.png)\)", text):
+    for name in shown:
         shutil.copyfile(folder / name, readme.parent / "figures" / f"{folder.name}-{name}")
 
 

@@ -101,10 +101,22 @@ def table(rows, name=None):
 
 
 def make_command(found, folder):
-    """How make is called for runs in this folder: make demo if they are of the demo's world."""
-    toy = any((Path(run.flags["policy"]).parent / "world.json").exists() for run in found)
-    usual = folder == Path("runs/toy" if toy else "runs/course")
-    return ("make demo" if toy else "make") + ("" if usual else f" RUNS={folder}")
+    """How make is called for more runs like those in this folder: make demo if they are of the demo's world."""
+    policies = {Path(run.flags["policy"]) for run in found if run.method != "evaluated"}
+    toy = any((path.parent / "world.json").exists() or path == Path("build/toy/policy") for path in policies)
+    command = "make demo" if toy else "make"
+    if folder != Path("runs/toy" if toy else "runs/course"):
+        command += f" RUNS={folder}"
+
+    def shared(key, usual):
+        values = {run.flags[key] for run in found if key in run.flags and run.k == 1}
+        return values.pop() if len(values) == 1 and values != {usual} else None
+
+    inputs = {} if toy else {key.upper(): shared(key, usual) for key, usual in runs.COURSE.items()}
+    command += "".join(f" {name}={value}" for name, value in inputs.items() if value)
+    more = {key: shared(key, usual) for key, usual in (("limit", None), ("eval_limit", None), ("seed", 0))}
+    more = [f"--{key.replace('_', '-')} {value}" for key, value in more.items() if value is not None]
+    return command + (f' FLAGS="{" ".join(more)}"' if more else "")
 
 
 def brief(run, **more):

@@ -170,7 +170,7 @@ def test_the_limit_ends_where_too_few_samples_are_effective(exact):
 def write_run(folder, reward, kl, text, flags, logp=-2.0, metrics=(), **results):
     """A finished run: 20 completions that end in `text`, whose log-prob a token is `logp` and a little around it."""
     folder.mkdir(parents=True)
-    given = {"policy": "a", "reference": "a", "seed": 0, "samples_per_prompt": 1, **flags}
+    given = {"policy": "distilgpt2", "reference": "distilgpt2", "seed": 0, "samples_per_prompt": 1, **flags}
     about = {"flags": given, "device": "cpu", "precision": "fp32", "versions": {"torch": "2", "transformers": "5"}}
     (folder / "config.json").write_text(json.dumps(about))
     k = given["samples_per_prompt"]
@@ -197,6 +197,7 @@ def folder(tmp_path):
     write_run(folder / "alpha-0", 0.95, 99, "big big", {**reinforce, "alpha": 0.0}, logp=-9, metrics=rows)
     write_run(folder / "alpha-0.02", 0.9, 12.5, "it was", {**reinforce, "alpha": 0.02}, metrics=rows)
     write_run(folder / "alpha-2", 0.55, 0.25, "it is", {**reinforce, "alpha": 2.0}, metrics=rows)
+    write_run(folder / "alpha-9", 0.45, 50, "& %", {**reinforce, "alpha": 9.0}, logp=-9, metrics=rows)  # fell apart
     write_run(folder / "loo-0.02", 0.88, 5, "it was", {**reinforce, "alpha": 0.02, "advantage": "loo"}, metrics=rows)
     for beta, reward in ((0.1, 0.6), (0.25, 0.59), (0.4, 0.5)):
         trained = [{"epoch": 0, "test_loss": 0.693, "test_accuracy": 0.5, "test_margin": 0.0}]
@@ -247,8 +248,8 @@ def test_the_whole_report(folder, capsys):
     regimes = section(folder, "Q3.2")
     assert cells(regimes, "`alpha-0.02`")["reward - alpha KL"] == "0.650"  # 0.9 - 0.02 * 12.5
     assert cells(regimes, "high alpha")["here"] == "`alpha-2`"
-    assert cells(regimes, "low alpha")["here"] == "`alpha-0`"
-    assert cells(regimes, "in between")["here"] == "`loo-0.02`, `alpha-0.02`"
+    assert cells(regimes, "low alpha")["here"] == "`alpha-9`"  # poor text; one with a penalty, if there is one
+    assert cells(regimes, "in between")["here"] == "`loo-0.02`, `alpha-0.02`"  # by KL
     together = section(folder, "The same prompts")
     assert together.count("    alpha-0 ") == 5
     assert "    alpha-0    0.38  big big 3\n" in together.split("**I saw 3**")[1]
@@ -279,6 +280,8 @@ def test_rewards_are_compared_prompt_by_prompt_where_they_can_be(folder):
     for row in other.completions:
         row["reward"] -= 0.02 + 0.01 * (row["number"] % 2)  # each worse, by 0.025 ± 0.001: far less than they vary
     assert report.better(best, other) and not report.better(other, best)
+    other.completions.reverse()
+    assert report.better(best, other)
     other.completions.pop()  # other prompts: 0.59 and 0.50, each ± 0.01, differ by 0.09 ± 0.014
     assert report.better(best, other)
     other.result["reward"] = 0.57  # 0.02 ± 0.014
@@ -337,8 +340,8 @@ def test_a_report_without_any_one_of_its_runs(folder, capsys):
         ("baseline", "Q1.1", "*Not here: the untouched policy. `make RUNS=HERE baseline` makes it.*"),
         ("baseline", "Q3.2", "completions of the untouched policy, to tell natural text by. `make RUNS=HERE baseline`"),
         ("alpha-0", "Q2.2", "*Not here: a run with alpha 0. `make RUNS=HERE reinforce` makes it.*"),
-        ("alpha-0", "Q3.1", "*Not here: a run with alpha 0. `make RUNS=HERE reinforce` makes it.*"),
-        ("alpha-2", "Q3.2", "*Not here: three alphas. `make RUNS=HERE sweep` makes it.*"),
+        ("alpha-0", "Q3.1", "*Not here: the curve of a run with alpha 0. `make RUNS=HERE reinforce` makes it.*"),
+        ("alpha-[29]", "Q3.2", "*Not here: three alphas. `make RUNS=HERE sweep` makes it.*"),
         ("beta-0.4", "Q4.4", "*Not here: three betas. `make RUNS=HERE sweep` makes it.*"),
         ("beta-*", "Q4.1", "*Not here: a DPO run. `make RUNS=HERE dpo` makes it.*"),
         ("samples-16", "The frontier", "for best-of-n and the limit. `make RUNS=HERE samples` makes it.*"),
@@ -366,6 +369,23 @@ def test_in_the_demos_world_everything_is_made_by_make_demo(folder, tmp_path, mo
     report.main(["runs/toy"])
     assert "a run with alpha 0. `make demo` makes it" in section(Path("runs/toy"), "Q2.2")
     assert "three betas. `make demo sweep` makes it" in section(Path("runs/toy"), "Q4.4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "command"),
+    [
+        ({}, "make RUNS=HERE baseline"),
+        ({"limit": None, "eval_limit": 500, "seed": 1}, 'make RUNS=HERE FLAGS="--eval-limit 500 --seed 1" baseline'),
+        ({"policy": "mine", "reference": "mine", "pairs": "some"}, "make RUNS=HERE POLICY=mine PAIRS=some baseline"),
+        ({"policy": "build/toy/policy", "reference": "build/toy/policy"}, "make demo RUNS=HERE"),  # not there any more
+    ],
+)
+def test_the_command_for_what_is_missing_has_the_flags_of_what_is_there(tmp_path, flags, command):
+    write_run(tmp_path / "beta-0.1", 0.5, 1, "x", {"beta": 0.1, "lr": 5e-7, "eval_limit": None, **flags},
+              test_loss=0.6, test_accuracy=0.9, test_margin=0.1)
+    write_run(tmp_path / "samples-4", 0.5, 0, "x", {"samples_per_prompt": 4, "eval_limit": 7, "seed": 5})
+    report.main([str(tmp_path)])
+    assert f"the untouched policy. `{command.replace('HERE', str(tmp_path))}` makes it" in section(tmp_path, "Q1.1")
 
 
 def test_settings_are_said(folder):
@@ -398,6 +418,25 @@ def test_what_is_broken_or_unfinished_is_said(folder, capsys):
     assert "notes" not in said.out and (folder / "reinforce.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_run_for_each_learning_rate_is_quoted_of_the_courses_beta(folder):
+    for beta in ("0.02", "0.1"):
+        flags = {"beta": float(beta), "lr": 5e-5}
+        write_run(folder / f"beta-{beta}-lr-5e-5", 0.9, 2, "so", flags, test_loss=0.6, test_accuracy=1, test_margin=0.1)
+    report.main([str(folder)])
+    assert re.findall("`(beta.*)`: P", section(folder, "Q4.3")) == ["beta-0.1", "beta-0.1-lr-5e-5"]
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib's, of a legend with nothing in it
+def test_curves_that_are_not_there_yet(folder, capsys):
+    for run in ("alpha-0", "alpha-0.02", "alpha-2", "alpha-9", "loo-0.02"):
+        (folder / run / "metrics.jsonl").unlink()
+    for run in folder.glob("beta-*/metrics.jsonl"):
+        run.write_text('{"epoch": 0, "test_loss": 0.693, "test_accuracy": 0.5, "test_margin": 0.0}\n')
+    report.main([str(folder)])
+    assert "(reinforce.png)" not in (folder / "results.md").read_text() and not (folder / "reinforce.png").exists()
+    assert (folder / "dpo-margins.png").exists() and not capsys.readouterr().err
+
+
 def test_only_an_unfinished_run(tmp_path, capsys):
     flags = {"alpha": 0.0, "advantage": "reward"}
     write_run(tmp_path / "alpha-0", 0.5, 1, "x", flags, metrics=steps(1, reward=1, kl=1))
@@ -417,13 +456,13 @@ def test_runs_are_in_the_courses_order(tmp_path):
     reinforce = {"advantage": "reward", "lr": 1}
     for name, flags in {"beta-0.1": {"beta": 0.1, "lr": 5e-5}, "beta-0.4": {"beta": 0.4, "lr": 5e-7},
                         "alpha-10": {"alpha": 10.0, **reinforce}, "alpha-2": {"alpha": 2.0, **reinforce},
-                        "loo-2": {"alpha": 2.0, **reinforce, "advantage": "loo"}, "mine": {"reference": None},
+                        "loo-2": {"alpha": 2.0, **reinforce, "advantage": "loo"}, "mine": {"policy": "a"},
                         "old": {"samples_per_prompt": 2}, "baseline": {}}.items():
         write_run(tmp_path / name, 0.5, 0, "x", flags, test_loss=0.5, test_accuracy=1, test_margin=0)
     found = tables.load(tmp_path)
     names = ["baseline", "alpha-2", "alpha-10", "loo-2", "beta-0.4", "beta-0.1", "mine", "old"]
     assert [run.name for run in found] == names
-    assert found[6].method == "evaluated"  # policy "a", where the original is by default the course's
+    assert found[6].method == "evaluated"
     config = json.loads((tmp_path / "baseline" / "config.json").read_text())
     del config["flags"]["samples_per_prompt"]  # a run from before there was this flag
     (tmp_path / "baseline" / "config.json").write_text(json.dumps(config))
@@ -434,6 +473,7 @@ def test_seeds_are_put_together(folder):
     for seed, reward in ((1, 0.8), (2, 1.0)):
         flags = {"alpha": 0.02, "advantage": "reward", "seed": seed}
         write_run(folder / f"seed-{seed}" / "alpha-0.02", reward, 10.5 + seed, "x", flags)
+    write_run(folder / "seed-3" / "alpha-0.02", 0.1, 10.5, "x", flags)  # seed 2 once more: not another seed
     report.main([str(folder)])
     row = cells(section(folder, "Other seeds"), "`alpha-0.02`")
     assert row["seeds"] == "0, 1, 2" and row["test reward"] == "0.900 (0.800 to 1.000)"
@@ -474,11 +514,12 @@ def test_readme_gets_its_tables_and_figures_by_a_command(folder, tmp_path, capsy
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["course-frontier.png"]
     report.main([str(folder), "--readme", str(readme)])
     assert readme.read_text() == once
-    readme.write_text("<!-- gammas of course -->\n<!-- end -->")
-    with pytest.raises(SystemExit):
-        runs.launch(lambda: report.main([str(folder), "--readme", str(readme)]))
-    assert "README.md has a place for a table gammas, which" in capsys.readouterr().err
-    assert readme.read_text() == "<!-- gammas of course -->\n<!-- end -->"
+    for place, message in (("![](figures/course-none.png)\n", "shows a figure none.png, for which"),
+                           ("<!-- gammas of course -->\n<!-- end -->", "has a place for a table gammas, which")):
+        readme.write_text(place)
+        with pytest.raises(SystemExit):
+            runs.launch(lambda: report.main([str(folder), "--readme", str(readme)]))
+        assert f"README.md {message}" in capsys.readouterr().err and readme.read_text() == place
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
@@ -493,9 +534,9 @@ def test_running_mean_stands_in_the_middle_of_its_window():
 def test_a_figures_lines_are_the_runs_numbers(folder):
     found = report.Report(tables.load(folder))
     left, right = plot.reinforce_figure(found.reinforce).axes
-    assert [line.get_label() for line in left.lines] == ["alpha-0", "alpha-0.02", "alpha-2", "loo-0.02"]
-    assert [line.get_linestyle() for line in right.lines] == ["-", "-", "-", "--"]
-    assert left.lines[1].get_color() == left.lines[3].get_color() != left.lines[0].get_color()  # a colour an alpha
+    assert [line.get_label() for line in left.lines] == ["alpha-0", "alpha-0.02", "alpha-2", "alpha-9", "loo-0.02"]
+    assert [line.get_linestyle() for line in right.lines] == ["-", "-", "-", "-", "--"]
+    assert left.lines[1].get_color() == left.lines[4].get_color() != left.lines[0].get_color()  # a colour an alpha
     assert right.lines[0].get_ydata() == pytest.approx([0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5])  # windows of 2 steps
     panel = plot.dpo_figure(found.dpo).axes[0]
     dots, start = panel.lines[2], panel.lines[3]
