@@ -116,7 +116,8 @@ class Stub:
 
     def __init__(self, turn, steps=1, **args):
         self.turn, self.steps = turn, steps
-        self.args = SimpleNamespace(seed=0, completion_len=COMPLETION, eval_batch_size=None, epochs=10**6, **args)
+        self.args = SimpleNamespace(seed=0, completion_len=COMPLETION, eval_batch_size=None, samples_per_prompt=1,
+                                    epochs=10**6, **args)
 
     def log(self, step=0, **row):
         if step and step % self.steps == 0:

@@ -268,11 +268,12 @@ def test_the_precision_that_auto_found_is_written_down(world, tmp_path):
 
 
 def test_the_benchmark_runs(tmp_path):
-    command = [sys.executable, "bench.py", "--tiny", "--rounds", "1", "--work", "REINFORCE", "--device", "cpu"]
+    command = [sys.executable, "bench.py", "--tiny", "--rounds", "1", "--device", "cpu"]
     done = subprocess.run(command, cwd=Path(runs.__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [line.split("|")[2].strip() for line in done.stdout.splitlines() if line.startswith("| REINFORCE")]
-    assert "ours, fp32" in lines and "the course's way, fp32" in lines
+    for work in ("REINFORCE", "DPO", "evaluation"):
+        lines = [line.split("|")[2].strip() for line in done.stdout.splitlines() if line.startswith(f"| {work}")]
+        assert "ours, fp32" in lines and "the course's way, fp32" in lines
 
 
 def test_the_report_of_real_runs(world, finished, tmp_path, capsys):
