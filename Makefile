@@ -75,7 +75,7 @@ MODELS = $(call flag,--policy,$(POLICY)) $(call flag,--reference,$(POLICY)) \
 help: ## list the targets (this)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(call finished,$(MAIN) $(SAMPLES) $(MORE)) ## the whole lesson in a small world made here: offline, minutes, two cores
+demo: $(if $(filter report,$(MAKECMDGOALS)),,$(call finished,$(MAIN) $(SAMPLES) $(MORE))) ## the whole lesson in a small world made here: offline, minutes, two cores
 	@$(if $(filter sweep seeds report,$(MAKECMDGOALS)),:,$(REPORT) --expect $(MAIN) $(SAMPLES) $(MORE))
 
 baseline: $(call finished,baseline) ## section 1: evaluate the untouched policy

@@ -23,8 +23,8 @@ from tables import (ORDER, beside, brief, digits, inline, load, made_with, make_
 MOSTLY = 0.8  # share of natural completions from which on a run's text is called mostly natural
 STUDENT_LOSSES = {0.1: "0.6521", 0.25: "0.6207", 0.4: "0.6044"}  # test loss by beta, lr 5e-7
 BASELINE = ("the untouched policy", "baseline")  # what can be missing, and the target of make for it
-REINFORCE = ("a run with alpha 0", "reinforce")
-DPO = ("a DPO run", "dpo")
+REINFORCE = ("a finished run with alpha 0", "reinforce")
+DPO = ("a finished DPO run", "dpo")
 FIGURES = ("reinforce.png", "dpo.png", "dpo-margins.png", "frontier.png")
 SETTINGS = ("advantage", "lr", "batch_size", "epochs", "limit", "eval_limit", "prompt_len", "completion_len", "max_len",
             "seed")
@@ -108,10 +108,11 @@ class Report:
 
     def q_3_1(self):
         yield "## Q3.1: KL over time without the penalty"
-        steps = [row for row in self.alpha_0.metrics if {"step", "kl", "reward"} <= set(row)] if self.alpha_0 else []
+        run = next((run for run in self.found if run.flags.get("alpha") == 0 and run.metrics), None)  # finished or not
+        steps = [row for row in run.metrics if {"step", "kl", "reward"} <= set(row)] if run else []
         if not steps:
             return (yield from self.lacking("the curve of a run with alpha 0", "reinforce"))
-        yield f"\n![reward and KL against the step](reinforce.png)\n\nSingle batches of `{self.alpha_0.name}`:\n"
+        yield f"\n![reward and KL against the step](reinforce.png)\n\nSingle batches of `{run.name}`:\n"
         shown = [steps[round(share * (len(steps) - 1))] for share in (0, 0.1, 0.25, 0.5, 0.75, 1)]
         yield from table([{"step": str(row["step"]), "KL, nats": f"{row['kl']:.2f}", "reward": f"{row['reward']:.3f}"}
                           for row in {row["step"]: row for row in shown}.values()], "kl-over-time")
@@ -135,7 +136,7 @@ class Report:
         held = [run for run, natural in judged
                 if run.result["reward"] < 0.65 and run.flags["alpha"] > 0 and natural >= MOSTLY]
         poor = [run for run, natural in judged if natural < MOSTLY]
-        poor = [run for run in poor if run.flags["alpha"] > 0] or poor  # alpha 0 if there is no other
+        poor = [run for run in poor if run.flags["alpha"] > 0]
         good = sorted((run for run, natural in judged if run.result["reward"] >= 0.8 and natural >= MOSTLY),
                       key=lambda run: run.result["kl"])
         regimes = (
@@ -144,7 +145,7 @@ class Report:
             ("in between", "reward at least 0.80, mostly natural text", "alpha 0.0003", good),
         )
         yield from table([{"regime": regime, "the assignment's target": target, "a student's report (theirs)": student,
-                           "here": ", ".join(f"`{run.name}`" for run in some) or "none of the alphas that were run"}
+                           "here": ", ".join(f"`{run.name}`" for run in some) or "none of the alphas above 0 run"}
                           for regime, target, student, some in regimes], "regimes")
         yield "(The student's alphas belong to a KL of another unit.)\n"
         for regime, _, _, some in regimes:
@@ -249,7 +250,7 @@ def best_beta(lr, some):
         return []
     best, *others = sorted(some, key=lambda run: -run.result["reward"])
     ties = ", ".join(f"`{run.name}`" for run in others if not better(best, run))
-    tie = f" (not told apart from {ties}: within two standard errors)" if ties else ""
+    tie = f" (not told apart from {ties}: within two standard errors, prompt by prompt)" if ties else ""
     lowest = min(some, key=lambda run: run.result["test_loss"])
     return [f"At lr {lr:g} the highest reward is that of `{best.name}`{tie}; the lowest test loss, that of "
             f"`{lowest.name}`, does not choose between betas.\n"]
@@ -310,7 +311,8 @@ def main(argv=None):
     flags.add_argument("--readme", type=Path, help="a Markdown file to put the tables into")
     args = flags.parse_args(argv)
     if not args.folder.is_dir():
-        raise runs.UserError(f"there is no folder {args.folder}")
+        raise runs.UserError(f"there is no folder {args.folder}; give the one that holds the runs, as in make report "
+                             "RUNS=runs/toy for the demo's")
     report = Report(load(args.folder), args.folder)
     if not report.found:
         raise runs.UserError(f"{args.folder} has no run: no folder in it holds a run's config.json")
@@ -320,7 +322,7 @@ def main(argv=None):
     for name, figure in figures(report):
         figure.savefig(args.folder / name, dpi=150)
         plot.plt.close(figure)
-    overview = [*report.all_runs(), *unfinished(report.found, args.expect)]
+    overview = [*report.all_runs(), *unfinished(report.found, args.expect, report.make, args.folder)]
     lines = [f"# Results of {inline(args.folder.name)}\n", *overview]
     for section in (report.q_1(), report.q_2(), report.q_3_1(), report.q_3_2(), report.q_4(), report.q_4_4(),
                     report.frontier(), report.seeds(others)):

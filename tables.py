@@ -132,8 +132,8 @@ def beside(name, own, target="", student=""):
     return table([*rows, *({"": f"here, `{run.name}`", name: value} for run, value in own)])
 
 
-def unfinished(found, expected):
-    """What is not there, or not finished: a line each."""
+def unfinished(found, expected, make, folder):
+    """What is not there, or not finished: a line each, and how to make it."""
     names = [run.name for run in found]
     missing = ", ".join(f"`{name}`" for name in dict.fromkeys(expected) if name not in names)
     lines = [f"`{run.name}` is not finished: it is drawn as far as it is" for run in found if not run.result]
@@ -141,7 +141,10 @@ def unfinished(found, expected):
         lacks = [] if run.completions or not run.result else ["completions.jsonl, so no measures of its text"]
         lacks += [] if run.metrics or not {"alpha", "beta"} & set(run.flags) else ["metrics.jsonl, so no curve"]
         lines += [f"`{run.name}` has no {file}: remove its folder to have it made again" for file in lacks]
-    return [f"- {line}" for line in lines] + ([f"- not here: {missing}"] if missing else [])
+    lines += [f"not here: {missing}"] if missing else []
+    if missing or not all(run.result for run in found):
+        lines += [f"to make one of these: `{make} {folder}/NAME/eval.json`; all of the sweep: `{make} sweep`"]
+    return [f"- {line}" for line in lines]
 
 
 def made_with(found):

@@ -339,11 +339,11 @@ def test_a_report_without_any_one_of_its_runs(folder, capsys):
     [
         ("baseline", "Q1.1", "*Not here: the untouched policy. `make RUNS=HERE baseline` makes it.*"),
         ("baseline", "Q3.2", "completions of the untouched policy, to tell natural text by. `make RUNS=HERE baseline`"),
-        ("alpha-0", "Q2.2", "*Not here: a run with alpha 0. `make RUNS=HERE reinforce` makes it.*"),
+        ("alpha-0", "Q2.2", "*Not here: a finished run with alpha 0. `make RUNS=HERE reinforce` makes it.*"),
         ("alpha-0", "Q3.1", "*Not here: the curve of a run with alpha 0. `make RUNS=HERE reinforce` makes it.*"),
         ("alpha-[29]", "Q3.2", "*Not here: three alphas. `make RUNS=HERE sweep` makes it.*"),
         ("beta-0.4", "Q4.4", "*Not here: three betas. `make RUNS=HERE sweep` makes it.*"),
-        ("beta-*", "Q4.1", "*Not here: a DPO run. `make RUNS=HERE dpo` makes it.*"),
+        ("beta-*", "Q4.1", "*Not here: a finished DPO run. `make RUNS=HERE dpo` makes it.*"),
         ("samples-16", "The frontier", "for best-of-n and the limit. `make RUNS=HERE samples` makes it.*"),
     ],
 )
@@ -367,7 +367,7 @@ def test_in_the_demos_world_everything_is_made_by_make_demo(folder, tmp_path, mo
     shutil.move(folder, tmp_path / "runs" / "toy")
     monkeypatch.chdir(tmp_path)
     report.main(["runs/toy"])
-    assert "a run with alpha 0. `make demo` makes it" in section(Path("runs/toy"), "Q2.2")
+    assert "a finished run with alpha 0. `make demo` makes it" in section(Path("runs/toy"), "Q2.2")
     assert "three betas. `make demo sweep` makes it" in section(Path("runs/toy"), "Q4.4")
 
 
@@ -442,7 +442,10 @@ def test_only_an_unfinished_run(tmp_path, capsys):
     write_run(tmp_path / "alpha-0", 0.5, 1, "x", flags, metrics=steps(1, reward=1, kl=1))
     (tmp_path / "alpha-0" / "eval.json").unlink()
     report.main([str(tmp_path)])
-    assert "None is finished." in capsys.readouterr().out and (tmp_path / "reinforce.png").exists()
+    said = capsys.readouterr().out
+    assert "None is finished." in said and (tmp_path / "reinforce.png").exists()
+    assert f"- to make one of these: `make RUNS={tmp_path} {tmp_path}/NAME/eval.json`; all of the sweep: `make" in said
+    assert cells(section(tmp_path, "Q3.1"), "1")["KL, nats"] == "0.00" and "Not here" in section(tmp_path, "Q2.1")
 
 
 def test_the_report_says_what_it_misses(tmp_path, capsys):
