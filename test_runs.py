@@ -537,6 +537,7 @@ def test_make_demo_runs_what_is_missing_and_nothing_else(world, tmp_path):
     (folder / "alpha-0" / "eval.json").unlink()  # as if it had been cut off in its evaluation
     again = planned()
     assert len(again) == 2 and "reinforce.py" in again[0] and "--alpha 0 " in again[0] and "report.py" in again[1]
+    assert [line.split()[1:3] for line in planned("report")] == [["report.py", str(folder)]]  # and only that
     more = "\n".join(planned("MORE=loo-0.3 beta-0.5-lr-1e-3"))
     assert "--advantage loo --alpha 0.3" in more and "--beta 0.5 --lr 1e-3" in more
     sweep = planned("sweep", "ALPHAS=0 7", "BETAS=0.1 3")
