@@ -67,7 +67,7 @@ def reinforce_figure(runs):
     right.set_yscale("symlog", linthresh=1)  # even up to 1 nat, logarithmic above: a collapse is 100 nats away
     right.set(xlabel="step", ylabel="KL to the original, nats per completion", ylim=(0, None))
     right.yaxis.set_major_formatter("{x:g}")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", title=f"mean of {WINDOW} steps")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", title=f"mean of up to {WINDOW} steps")
     return figure
 
 
@@ -80,7 +80,7 @@ def dpo_figure(runs):
     for axes in panels.flat[len(runs) :]:
         axes.set_axis_off()
     for run, axes, colour in zip(runs, panels.flat, itertools.cycle(COLOURS), strict=False):
-        draw(axes, run, "loss", colour, f"training: mean of {WINDOW} steps (faint: each)")
+        draw(axes, run, "loss", colour, f"training, mean of up to {WINDOW} steps (faint: each)")
         axes.plot(*tested(run, "test_loss"), "o", color="black", label="test, after each epoch")
         axes.axhline(math.log(2), color="grey", linestyle="--", linewidth=1, label="ln 2: policy = reference")
         axes.set(xlabel="step", ylabel="DPO loss", title=run.name)
@@ -110,7 +110,7 @@ def dpo_margins_figure(runs):
         right.set_title("solid: chosen, dashed: rejected", fontsize=10)
         right.axhline(0, color="grey", linewidth=0.8)
         if left.get_legend_handles_labels()[0]:  # none before the first step
-            left.legend(title=f"mean of {WINDOW} steps\n(dots: test pairs)", loc="lower right")
+            left.legend(title=f"mean of up to {WINDOW} steps\n(dots: test pairs)", loc="lower right")
     return figure
 
 
