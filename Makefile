@@ -1,6 +1,6 @@
 # Everything in minutes, offline:  make demo          The course:  make baseline reinforce dpo
-# A target is a result file: what is there is not run again, what was cut off starts anew. Other settings go to
-# another folder:  make reinforce RUNS=runs/short FLAGS="--limit 1600 --eval-limit 320"
+# A target is a result file: what is there is not run again, what was cut off goes on. Other settings go to another
+# folder:  make reinforce RUNS=runs/short FLAGS="--limit 1600 --eval-limit 320"
 
 RUNS = runs/course
 ALPHA = 0.02
@@ -75,7 +75,8 @@ MODELS = $(call flag,--policy,$(POLICY)) $(call flag,--reference,$(POLICY)) \
 help: ## list the targets (this)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(if $(filter report,$(MAKECMDGOALS)),,$(call finished,$(MAIN) $(SAMPLES) $(MORE))) ## the whole lesson in a small world made here: offline, minutes, two cores
+DEMO = $(if $(filter report,$(MAKECMDGOALS)),,$(call finished,$(MAIN) $(SAMPLES) $(MORE)))
+demo: $(DEMO) ## the whole lesson in a small world made here: offline, minutes, two cores
 	@$(if $(filter sweep seeds report,$(MAKECMDGOALS)),:,$(REPORT) --expect $(MAIN) $(SAMPLES) $(MORE))
 
 baseline: $(call finished,baseline) ## section 1: evaluate the untouched policy
@@ -148,7 +149,7 @@ NEW = import sys; sys.exit(sys.version_info < (3, 11))
 	@touch $@
 
 test: | $(DEV) ## everything that CI runs but lint; no network, no GPU
-	$(PYTHON) -m pytest -q test_losses.py test_report.py test_runs.py
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
 lint: | $(DEV) ## style and unused names
 	$(PYTHON) -m ruff check .

@@ -115,15 +115,18 @@ class Stub:
     """A run folder's place: nothing is written, but the turn ends after `steps` logged steps."""
 
     def __init__(self, turn, steps=1, **args):
-        self.turn, self.steps = turn, steps
+        self.turn, self.steps, self.saved = turn, steps, {}
         self.args = SimpleNamespace(seed=0, completion_len=COMPLETION, eval_batch_size=None, samples_per_prompt=1,
-                                    epochs=10**6, **args)
+                                    epochs=10**6, save_every=10**6, max_grad_norm=None, **args)
 
     def log(self, step=0, **row):
         if step and step % self.steps == 0:
             self.turn()
 
     def sample(self, **row):
+        pass
+
+    def checkpoint(self, **content):
         pass
 
     def completions(self, rows):

@@ -15,7 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fast import cast_once, prepare
-from runs import UserError, load_columns, loading
+from inputs import load_columns, loading
+from runs import UserError
+
+# What GPT-2's pattern calls white space: less than Python does.
+WHITE = "".join(mark for mark in map(chr, range(0x3001)) if mark.isspace() and mark not in "\x1c\x1d\x1e\x1f")
 
 # ---- log-probabilities -------------------------------------------------------------------------------------
 
@@ -128,14 +132,19 @@ def seeded(seed, use, device="cpu"):
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def checked_grad_norm(step, loss, model):
-    """Norm of the whole gradient, after loss.backward(). Stops the run before a nan can reach the weights."""
+def checked_grad_norm(step, values, model, max_norm=None):
+    """Norm of the whole gradient, after loss.backward(); one longer than `max_norm` is then shortened to that.
+
+    Stops the run before a nan can reach the weights. values: dict of (), in the order in which one spoils the next.
+    """
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    for name, value in (("loss", loss), ("gradient's norm", norm)):
+    for name, value in {**values, "gradient's norm": norm}.items():
         if not torch.isfinite(value):
-            advice = "metrics.jsonl is kept, no model is saved; try a lower --lr"
-            raise UserError(f"step {step}: the {name} is {value.item()}; {advice}")
+            advice = "try a lower --lr or --max-grad-norm 1" if step > 1 else "what was loaded is broken"
+            raise UserError(f"step {step}: the {name} is {value.item()}; the weights were not touched; {advice}")
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm.item()
 
 
@@ -210,7 +219,7 @@ def first_tokens(tokenizer, texts, length):
     Where the cut text has too few tokens, the whole is encoded.
     """
     cut = 16 * length  # characters: nearly always enough
-    heads = [text if len(text) <= cut else text[:cut].rpartition(" ")[0].rstrip() for text in texts]
+    heads = [text if len(text) <= cut else text[:cut].rpartition(" ")[0].rstrip(WHITE) for text in texts]
     pairs = zip(encode(tokenizer, heads), texts, strict=True)
     return [(ids if len(ids) >= length else encode(tokenizer, [text])[0])[:length] for ids, text in pairs]
 

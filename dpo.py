@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import runs
+from checkpoint import Progress
 from common import (check_length, checked_grad_norm, completion_logits, encode, load_policy, load_reference,
                     masked_sum, seeded)
 from fast import like_lengths, logps_and_kl, parts, pick_device
+from inputs import load_columns
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples
 
 COLUMNS = ("prompt", "positive_completion", "negative_completion")
@@ -87,7 +89,7 @@ def load_pairs(name, tokenizer, eos, max_len):
     Prompt and completion are encoded apart: a token of the joined text could straddle their border, and no
     mask could then tell one from the other.
     """
-    train, test = (runs.load_columns("--pairs", name, split, COLUMNS) for split in ("train", "test"))
+    train, test = (load_columns("--pairs", name, split, COLUMNS) for split in ("train", "test"))
     prompts, chosen, rejected = (train[column] + test[column] for column in range(3))
     chosen, rejected, layout = split_completions(prompts, chosen, rejected)
     print(f"pairs: {layout}")
@@ -141,6 +143,8 @@ def all_logps(model, pairs, batch_size, desc):
     longest_first = widths(pairs).argsort(descending=True, stable=True)  # like lengths together: little padding
     for rows in tqdm(longest_first.split(batch_size), desc=desc, unit="batch", dynamic_ncols=True):
         logps[rows] = torch.stack(pair_logps(model, [pairs[row] for row in rows]), dim=1).cpu()
+    if not logps.isfinite().all():
+        raise runs.UserError(f"{desc}: a log-prob is not finite: the model is broken, if not as loaded, by its --lr")
     return logps
 
 
@@ -153,8 +157,6 @@ def on_test_pairs(policy, pairs, reference_logps, run):
     """Loss, accuracy and margin over the test pairs, with the names they have in eval.json."""
     logps = all_logps(policy, pairs, run.args.micro_batch or run.args.batch_size, "test pairs")
     losses, margins = dpo_loss(*logps.T, *reference_logps.T, run.args.beta)
-    if not losses.isfinite().all():
-        raise runs.UserError("a test pair's loss is not finite: the policy is broken; try a lower --lr")
     means = {"test_loss": losses.mean(), "test_accuracy": accuracy(margins), "test_margin": margins.mean()}
     return {name: mean.item() for name, mean in means.items()}
 
@@ -164,15 +166,15 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
     args, device = run.args, policy.device
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     order = seeded(args.seed, "train order")
-    step = 0
-    log_samples(policy, tokenizer, scorer, test_prompts, run, step)
-    tested = on_test_pairs(policy, pairs["test"], reference_logps["test"], run)
-    run.log(epoch=0, **tested)
+    progress = Progress(run, policy=policy, optimizer=optimizer, reference_logps=reference_logps)  # may go on
+    if progress.step == 0:
+        run.log(epoch=0, **on_test_pairs(policy, pairs["test"], reference_logps["test"], run))
     for epoch in range(1, args.epochs + 1):
         batches = like_lengths(widths(pairs["train"]), args.batch_size, order)
-        loop = tqdm(batches, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True)
-        for rows in loop:
-            step, start = step + 1, time.perf_counter()
+        for step, rows in progress.steps(batches, f"epoch {epoch}"):
+            if (step - 1) % SAMPLE_EVERY == 0:
+                log_samples(policy, tokenizer, scorer, test_prompts, run, step - 1)
+            start = time.perf_counter()
             ref_logps = reference_logps["train"][rows].to(device).T  # (2, B): chosen, rejected
 
             optimizer.zero_grad()
@@ -184,7 +186,7 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
                 found.append(torch.stack([losses, margins, *logps]).detach())  # (4, B), B of this part
             losses, margins, chosen_logps, rejected_logps = torch.cat(found, dim=1)
             loss = losses.mean()
-            grad_norm = checked_grad_norm(step, loss, policy)
+            grad_norm = checked_grad_norm(step, {"loss": loss}, policy, args.max_grad_norm)
             optimizer.step()
 
             seconds = time.perf_counter() - start
@@ -193,14 +195,12 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
                     chosen_logratio=(chosen_logps - ref_logps[0]).mean().item(),
                     rejected_logratio=(rejected_logps - ref_logps[1]).mean().item(),
                     grad_norm=grad_norm, seconds=seconds)
-            loop.set_postfix(loss=f"{loss.item():.4f}", accuracy=f"{accuracy(margins).item():.2f}")
-            if step % SAMPLE_EVERY == 0:
-                log_samples(policy, tokenizer, scorer, test_prompts, run, step)
-        tested = on_test_pairs(policy, pairs["test"], reference_logps["test"], run)
-        run.log(epoch=epoch, **tested)
-        tqdm.write(f"epoch {epoch}: test loss {tested['test_loss']:.4f}, accuracy {tested['test_accuracy']:.3f}")
-    if step % SAMPLE_EVERY:
-        log_samples(policy, tokenizer, scorer, test_prompts, run, step)  # the last look
+            progress.show(loss=f"{loss.item():.4f}", accuracy=f"{accuracy(margins).item():.2f}")
+        if progress.step == epoch * len(batches):  # not an epoch that was over before the checkpoint
+            tested = on_test_pairs(policy, pairs["test"], reference_logps["test"], run)
+            run.log(epoch=epoch, **tested)
+            print(f"epoch {epoch}: test loss {tested['test_loss']:.4f}, accuracy {tested['test_accuracy']:.3f}")
+    log_samples(policy, tokenizer, scorer, test_prompts, run, progress.step)  # the last look
     return tested
 
 
@@ -225,10 +225,9 @@ def main(argv=None):
     test_prompts = load_test_prompts(args, tokenizer)
 
     run.start(str(device), precision)
-    reference_logps = {}
-    for split, rows in pairs.items():
-        size = args.micro_batch or args.batch_size
-        reference_logps[split] = all_logps(reference, rows, size, f"reference, {split} pairs")
+    size = args.micro_batch or args.batch_size
+    reference_logps = run.saved.get("parts", {}).get("reference_logps") or {
+        split: all_logps(reference, rows, size, f"reference, {split} pairs") for split, rows in pairs.items()}
     tested = train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run)
     run.save_model(policy, tokenizer)
     run.finish(**evaluate(policy, reference, tokenizer, scorer, test_prompts, run), **tested)

@@ -15,9 +15,9 @@ reduction, and unbiased.
 import time
 
 import torch
-from tqdm import tqdm
 
 import runs
+from checkpoint import Progress
 from common import (check_length, checked_grad_norm, completion_logits, completion_mask, decode,
                     load_policy, load_prompts, load_reference, masked_sum, sample, seeded)
 from fast import logps_and_kl, parts, pick_device
@@ -72,13 +72,13 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
     args, device = run.args, policy.device
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     order, noise = seeded(args.seed, "train order"), seeded(args.seed, "sampling", device)
-    step = 0
-    log_samples(policy, tokenizer, scorer, test_prompts, run, step)
+    progress = Progress(run, policy=policy, optimizer=optimizer, noise=noise)  # goes on where a run was cut off
     for epoch in range(1, args.epochs + 1):
         shuffled = torch.randperm(len(prompts), generator=order)
-        loop = tqdm(shuffled.split(args.batch_size), desc=f"epoch {epoch}", unit="step", dynamic_ncols=True)
-        for rows in loop:
-            step, start = step + 1, time.perf_counter()
+        for step, rows in progress.steps(shuffled.split(args.batch_size), f"epoch {epoch}"):
+            if (step - 1) % SAMPLE_EVERY == 0:
+                log_samples(policy, tokenizer, scorer, test_prompts, run, step - 1)
+            start = time.perf_counter()
             tokens = sample(policy, prompts[rows].to(device), args.completion_len, noise)  # (B, T)
             completions = tokens[:, prompts.shape[1] :]  # (B, N)
             mask = completion_mask(completions, policy.config.eos_token_id)  # (B, N)
@@ -97,17 +97,15 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
                 (share * part_loss).backward()  # adds to .grad: in the end, the gradient of the whole batch's mean
                 loss, kl = loss + share * part_loss.detach(), kl + share * part_kl.detach()
                 del logits, ref_logits  # the largest tensors, before the next ones are made
-            grad_norm = checked_grad_norm(step, loss, policy)
+            values = {"reward": reward.mean(), "KL": kl, "loss": loss}
+            grad_norm = checked_grad_norm(step, values, policy, args.max_grad_norm)
             optimizer.step()
 
             seconds = time.perf_counter() - start
             run.log(step=step, loss=loss.item(), reward=reward.mean().item(), kl=kl.item(), grad_norm=grad_norm,
                     tokens_per_second=mask.sum().item() / seconds, seconds=seconds)
-            loop.set_postfix(reward=f"{reward.mean().item():.3f}", kl=f"{kl.item():.2f}")
-            if step % SAMPLE_EVERY == 0:
-                log_samples(policy, tokenizer, scorer, test_prompts, run, step)
-    if step % SAMPLE_EVERY:
-        log_samples(policy, tokenizer, scorer, test_prompts, run, step)  # the last look
+            progress.show(reward=f"{reward.mean().item():.3f}", kl=f"{kl.item():.2f}")
+    log_samples(policy, tokenizer, scorer, test_prompts, run, progress.step)  # the last look
 
 
 def main(argv=None):

@@ -1,7 +1,8 @@
 """Run folders and command lines: what keeps results safe, out of the lessons' way.
 
 A run is a folder of plain text: config.json first, a line of metrics.jsonl for each step, eval.json last.
-Whoever finds an eval.json finds a finished run. Plain Python: importing this file loads no torch.
+Whoever finds an eval.json finds a finished run; in an unfinished one checkpoint.py's files say where it goes on.
+Plain Python: importing this file loads no torch.
 """
 
 import argparse
@@ -9,12 +10,15 @@ import contextlib
 import ctypes
 import importlib.metadata
 import json
-import logging
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import unicodedata
+import zlib
 from pathlib import Path
 
 COURSE = {  # the names that the course uses on the model hub
@@ -23,6 +27,9 @@ COURSE = {  # the names that the course uses on the model hub
     "prompts": "stanfordnlp/imdb",
     "pairs": "hallisky/synthetic-imdb-movie-reviews-parallel",
 }
+LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow during training; all other files are written whole
+CODE = ("common.py", "fast.py", "reward.py")  # what training depends on, with the script itself
+FREE = ("out", "overwrite", "save_every", "micro_batch", "eval_batch_size")  # flags that may change when a run goes on
 SUMMARY = ("reward", "reward_se", "n", "kl", "distinct_2", "test_loss", "test_accuracy")  # said at a run's end
 
 
@@ -31,17 +38,37 @@ class UserError(Exception):
 
 
 def launch(main):
-    """Runs a script's main(); a UserError or Ctrl-C becomes one line on stderr and a non-zero exit code."""
+    """Runs a script's main(). What a user can cause becomes one line on stderr and a non-zero exit code."""
     keep_memory()
+    signal.signal(signal.SIGTERM, terminate)
     name = Path(sys.argv[0]).name
     try:
         return main()
     except UserError as error:
         message, code = f"{name}: error: {error}", 1
-    except KeyboardInterrupt:
-        message, code = f"\n{name}: interrupted; finished runs are kept, the same command does the rest", 130
-    print(message, file=sys.stderr)  # out here the progress bar is gone and has ended its line
+    except KeyboardInterrupt as error:
+        message = f"{name}: interrupted; what is finished is kept, the same command goes on"
+        code = 128 + (error.args[0] if error.args else signal.SIGINT)
+    except OSError as error:
+        if not error.strerror:
+            raise
+        message, code = f"{name}: error: {error.filename or 'a file'}: {error.strerror}", 1
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: PyTorch's
+        if not re.search("^$|out of memory|n[o']t (allocate|enough) memory", str(error), re.IGNORECASE):
+            raise
+        advice = "in training try a smaller --micro-batch, in the evaluation a smaller --eval-batch-size"
+        message, code = f"{name}: error: out of memory; {advice}; the run goes on from its last checkpoint", 1
+    print(plain(message), file=sys.stderr)  # out here the progress bar is gone and has ended its line
     sys.exit(code)
+
+
+def terminate(number, frame):
+    raise KeyboardInterrupt(number)
+
+
+def plain(text):
+    """The text less what a terminal or a page would obey: control characters, line ends, changes of direction."""
+    return "".join(" " if unicodedata.category(mark) in ("Cc", "Cf", "Zl", "Zp") else mark for mark in text).strip()
 
 
 def keep_memory():
@@ -61,7 +88,7 @@ def keep_memory():
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, plain(f"{self.prog}: error: {message} (--help lists the flags)") + "\n")
 
 
 def number(kind, low, above=False):
@@ -87,7 +114,7 @@ def parser(description):
     flags = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = flags.add_argument
     add("--out", required=True, type=Path, help="the run's folder (required)")
-    add("--overwrite", action="store_true", help="replace a finished run in --out")
+    add("--overwrite", action="store_true", help="replace a run in --out that is finished or has other flags")
     add("--seed", type=number(int, 0), default=0, help="whole number that all random draws come from (0)")
     add("--device", choices=("cuda", "mps", "cpu"), help="where to compute (the first of these that is there)")
     precisions = ("auto", "fp32", "bf16")
@@ -113,6 +140,8 @@ def training_flags(flags, batch_size, lr, epochs):
     add("--micro-batch", type=count, metavar="B", help="rows or pairs in memory at a time (the whole batch)")
     add("--lr", type=positive, default=lr, help="AdamW's learning rate (%(default)s)")
     add("--epochs", type=count, default=epochs, help="times through the training rows (%(default)s)")
+    add("--max-grad-norm", type=positive, metavar="G", help="shorten a longer gradient to this norm (never)")
+    add("--save-every", type=count, default=100, metavar="n", help="steps from checkpoint to checkpoint (%(default)s)")
     return flags
 
 
@@ -120,25 +149,44 @@ def training_flags(flags, batch_size, lr, epochs):
 
 
 class Run:
-    """One run's folder. Making a Run writes nothing: it only refuses a folder that must be left alone."""
+    """One run's folder. Making a Run writes nothing: it only refuses a folder that must be left alone.
+
+    saved: the checkpoint that the run goes on from; {} for a new run.
+    """
 
     def __init__(self, args, script):
-        self.args, self.script, self.folder = args, script, args.out
-        try:
+        self.args, self.script, self.folder, self.saved = args, script, args.out, {}
+        with self.writing():
             self.check()
-        except OSError as error:
-            raise UserError(f"--out {self.folder} cannot be read: {error.strerror}") from None
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Around what reads or writes the folder: a disk that is full, or closed to us, becomes one line."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":  # of save_pretrained
+                raise
+            reason = getattr(error, "strerror", None) or error
+            kept = "; what was finished is kept, the same command goes on" if self.folder.is_dir() else ""
+            raise UserError(f"--out {self.folder} cannot be written: {reason}{kept}") from error
 
     def check(self):
         """UserError if starting this run would harm what is in the folder."""
         folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder} is a file; give a folder")
-        if not folder.is_dir() or all(path.name.endswith(".unfinished") for path in folder.iterdir()):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"--out {folder} cannot be written: no permission in {there}")
+        if not folder.is_dir():
+            return
+        lock(folder)
+        if all(path.name.endswith(".unfinished") for path in folder.iterdir()):
             return
         try:
             script = json.loads((folder / "config.json").read_text(encoding="utf-8"))["script"]
-        except (FileNotFoundError, ValueError, KeyError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
             raise UserError(f"--out {folder} is not empty and no run's folder; give another one") from None
         if script != self.script:
             raise UserError(f"--out {folder} holds a run of {script}; give another folder")
@@ -149,63 +197,149 @@ class Run:
             raise UserError(f"--out {folder} holds what this run reads; give another folder")
 
     def start(self, device, precision):
-        """Called when everything is loaded: clears what an earlier run left and writes config.json."""
-        try:
+        """Called when everything is loaded: finds the checkpoint to go on from, or clears what an earlier run left."""
+        with self.writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("eval.json", "metrics.jsonl", "samples.jsonl", "completions.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)  # eval.json first: now it is unfinished
-            for path in (self.folder / "model", *self.folder.glob("*.unfinished")):
-                shutil.rmtree(path, ignore_errors=True)
+            self.check()  # again: another process may have been faster
             flags = {**vars(self.args), "out": str(self.folder)}
-            versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
-            versions["python"] = platform.python_version()
-            about = {"script": self.script, "flags": flags, "versions": versions}
-            about |= {"device": device, "precision": precision, "commit": commit()}
+            about = {"script": self.script, "flags": flags, "versions": versions(), "device": device}
+            about |= {"hardware": hardware(device), "precision": precision, "commit": commit()}
+            code = {name: zlib.crc32(Path(__file__).with_name(name).read_bytes()) for name in (*CODE, self.script)}
+            fixed = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if name not in FREE}
+            self.settings = {**code, **fixed, "--device": device, "--precision": precision}
+            self.go_on_or_clear()
+            if self.saved:
+                earlier = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+                again = {"step": self.saved["step"], **{key: about[key] for key in ("versions", "hardware", "commit")}}
+                about = {**earlier, "flags": flags, "continued": [*earlier.get("continued", []), again]}
+                print(f"{self.folder}: goes on after step {self.saved['step']}")
             write_whole(self.folder / "config.json", to_json(about, indent=2))
-        except OSError as error:
-            raise UserError(f"--out {self.folder} cannot be written: {error.strerror}") from None
+
+    def go_on_or_clear(self):
+        """Sets `saved`, and leaves the folder as it was when that checkpoint was written, or empty."""
+        import checkpoint  # here, because it loads torch
+
+        if (self.folder / "eval.json").exists():  # and --overwrite was given, or check() had refused
+            checkpoint.remove(self.folder)
+        self.saved = checkpoint.newest(self.folder)
+        if self.saved and self.saved["settings"] != self.settings:
+            if not self.args.overwrite:
+                raise UserError(f"--out {self.folder} holds a run that was cut off at step {self.saved['step']} with "
+                                f"other settings: {differences(self.saved['settings'], self.settings)}. Call it as "
+                                "it was to go on, or give --overwrite to begin anew, or another folder")
+            self.saved = {}
+        if not self.saved:
+            checkpoint.remove(self.folder)
+        for name in ("eval.json", "completions.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+        for path in (self.folder / "model", *self.folder.glob("*.unfinished")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in LOGS:  # what was logged after the checkpoint will be logged again
+            if length := self.saved.get("lengths", {}).get(name):
+                os.truncate(self.folder / name, length)
+            else:
+                (self.folder / name).unlink(missing_ok=True)
 
     def log(self, **row):
-        """A line of metrics.jsonl, on disk at once."""
-        append(self.folder / "metrics.jsonl", row)
+        """A line of metrics.jsonl."""
+        self.append("metrics.jsonl", row)
 
     def sample(self, **row):
         """A line of samples.jsonl."""
-        append(self.folder / "samples.jsonl", row)
+        self.append("samples.jsonl", row)
+
+    def append(self, name, row):
+        with self.writing(), (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(to_json(row) + "\n")
+
+    def checkpoint(self, **content):
+        """Writes a checkpoint, with these settings and the length of the logs (checkpoint.Progress calls it)."""
+        import checkpoint
+
+        with self.writing():
+            logs = [self.folder / name for name in LOGS if (self.folder / name).exists()]
+            for path in logs:
+                flush(path)  # a checkpoint never knows of lines that a power cut could take
+            lengths = {path.name: path.stat().st_size for path in logs}
+            checkpoint.write(self.folder, {"settings": self.settings, "lengths": lengths, **content})
 
     def completions(self, rows):
-        write_whole(self.folder / "completions.jsonl", "".join(to_json(row) + "\n" for row in rows))
+        with self.writing():
+            write_whole(self.folder / "completions.jsonl", "".join(to_json(row) + "\n" for row in rows))
 
     def save_model(self, policy, tokenizer):
         """Whole or not at all: `model` appears by a rename."""
         unfinished = self.folder / "model.unfinished"
-        policy.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        os.replace(unfinished, self.folder / "model")
+        with self.writing():
+            policy.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            for path in (*unfinished.iterdir(), unfinished):
+                flush(path)
+            os.replace(unfinished, self.folder / "model")
 
     def finish(self, **results):
-        write_whole(self.folder / "eval.json", to_json(results, indent=2))
+        """eval.json, the last file; from then on the run is finished and needs no checkpoint."""
+        import checkpoint
+
+        with self.writing():
+            write_whole(self.folder / "eval.json", to_json(results, indent=2))
+            checkpoint.remove(self.folder)
+        unlock(self.folder)
         shown = [f"{name} {results[name]:.5g}" for name in SUMMARY if results.get(name) is not None]
         print(f"{self.folder}: {', '.join(shown)}")
+
+
+def differences(saved, now):
+    """Two dicts of settings -> what is not the same, in words."""
+    names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    return ", ".join(f"{name} has changed" if name.endswith(".py") else
+                     f"{name} was {saved.get(name, 'not there')}, is {now.get(name, 'not there')}" for name in names)
+
+
+LOCKS = {}  # folder -> its open descriptor, for as long as this process is at work in it
+
+
+def lock(folder):
+    """UserError if another process is at work in the folder. The lock ends with its process, even a killed one."""
+    if folder.resolve() in LOCKS:
+        return
+    with contextlib.suppress(ImportError, OSError):  # a system or a file system without such locks
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(f"--out {folder}: another process is at work in it; wait, or give another folder") from None
+        LOCKS[folder.resolve()] = descriptor
+
+
+def unlock(folder):
+    if folder.resolve() in LOCKS:
+        os.close(LOCKS.pop(folder.resolve()))
 
 
 def to_json(value, **options):
     return json.dumps(value, ensure_ascii=False, allow_nan=False, **options)  # nan is no JSON
 
 
-def append(path, row):
-    with path.open("a", encoding="utf-8") as file:
-        file.write(to_json(row) + "\n")
-
-
 def write_whole(path, text):
-    """A reader finds the old file or the new one, never half of it."""
+    """A reader finds the old file or the new one, never half of it; after a power cut, too."""
     unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    unfinished.write_text(text, encoding="utf-8")
+    flush(unfinished)
     os.replace(unfinished, path)
+    flush(path.parent)
+
+
+def flush(path):
+    """Returns when a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_rows(path):
@@ -220,57 +354,25 @@ def read_rows(path):
     return rows
 
 
+def versions():
+    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
+    return {**found, "python": platform.python_version()}
+
+
+def hardware(device):
+    """The processor's or GPU's name, and how many threads PyTorch uses: sums depend on both in their last digits."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return torch.cuda.get_device_name() if device == "cuda" else f"{name}, {torch.get_num_threads()} threads"
+
+
 def commit():
     """The commit that this code is at, with -dirty if it was changed since; None where git can't tell."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError):
         found = subprocess.run(command, capture_output=True, text=True)
         return found.stdout.strip() or None
-
-
-# ---- what comes from outside -------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def loading(flag, name, kind):
-    """Around a library's loading call: checks a local path first; whatever goes wrong becomes one line."""
-    import huggingface_hub  # here, so that importing this file stays cheap
-    import transformers
-
-    folder = Path(name).is_dir()
-    if not folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"{flag} {name}: there is no such folder")
-    transformers.utils.logging.disable_progress_bar()  # a bar for each weight read from disk
-    huggingface_hub.utils.enable_progress_bars()  # but downloads show theirs
-    logging.disable(logging.CRITICAL)  # the libraries' own warnings: what matters becomes the error below
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0][:300] or type(error).__name__
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        advice = f": no such folder here; check the name and the network{offline}, or give a local folder"
-        advice = advice if isinstance(error, OSError) and not folder else ""  # other errors: it was found, but is wrong
-        raise UserError(f"{flag} {name} cannot be loaded as {kind}{advice} ({reason})") from error
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def load_columns(flag, name, split, columns):
-    """The named text columns of a data set's split (hub name or local folder): lists of str."""
-    import datasets
-
-    with loading(flag, name, "a data set"):
-        splits = datasets.load_dataset(name)
-    if split not in splits:
-        raise UserError(f"{flag} {name} has no split {split!r}; it has {', '.join(splits)}")
-    for column in columns:
-        if column not in splits[split].column_names:
-            has = ", ".join(splits[split].column_names)
-            raise UserError(f"{flag} {name}, split {split}, has no column {column!r}; it has {has}")
-    texts = [splits[split][column][:] for column in columns]
-    for column, values in zip(columns, texts, strict=True):
-        for row, value in enumerate(values):
-            if not isinstance(value, str):
-                where = f"split {split}, row {row}, column {column}"
-                raise UserError(f"{flag} {name}, {where}: {repr(value)[:80]} is not a text")
-    return texts

@@ -6,10 +6,10 @@ import json
 import re
 import sys
 import textwrap
-import unicodedata
 from pathlib import Path
 
 import runs
+from runs import plain
 
 RESULTS = ("reward", "reward_se", "kl", "kl_se", "n", "samples")  # what an eval.json must have; DPO's more
 TESTED = ("test_loss", "test_accuracy", "test_margin")
@@ -158,11 +158,6 @@ def made_with(found):
 
 
 # ---- texts that came out of a model ------------------------------------------------------------------------
-
-
-def plain(text):
-    """The text less what a terminal or a page would obey: control characters, line ends, changes of direction."""
-    return "".join(" " if unicodedata.category(mark) in ("Cc", "Cf", "Zl", "Zp") else mark for mark in text).strip()
 
 
 def inline(text):

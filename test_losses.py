@@ -655,13 +655,29 @@ def test_positive_is_not_guessed(names, wanted):
         reward.positive_index(dict(enumerate(names)), wanted)
 
 
-def test_a_loss_or_gradient_that_is_not_finite_stops_with_its_step():
-    layer = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.constant_(layer.weight, 3.0)
-    (layer(torch.tensor([[4.0]])) ** 2 / 2).sum().backward()  # d/dw (4w)^2/2 = 16 w = 48
-    assert common.checked_grad_norm(7, torch.tensor(1.0), layer) == 48.0
-    with pytest.raises(common.UserError, match="step 7: the loss is nan"):
-        common.checked_grad_norm(7, torch.tensor(math.nan), layer)
-    layer.weight.grad.fill_(math.inf)
+@pytest.fixture
+def layer():
+    """w = (3, 4) and d/dw |5 w|^2 / 2 = 25 w = (75, 100), whose norm is 125."""
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[3.0, 4.0]])
+    ((5 * layer.weight) ** 2 / 2).sum().backward()
+    return layer
+
+
+def test_a_number_that_is_not_finite_stops_with_its_step_and_the_first_cause(layer):
+    fine, nan = torch.tensor(1.0), torch.tensor(math.nan)
+    assert common.checked_grad_norm(7, {"loss": fine}, layer) == 125.0
+    for step, values, message in ((7, {"reward": fine, "loss": nan}, "step 7: the loss is nan; the weights were not t"),
+                                  (7, {"reward": nan, "loss": nan}, "step 7: the reward is nan; the weights were not"),
+                                  (1, {"loss": nan}, r"step 1: the loss is nan; .* what was loaded is broken")):
+        with pytest.raises(common.UserError, match=message):
+            common.checked_grad_norm(step, values, layer)
+    layer.weight.grad[0, 1] = math.inf
     with pytest.raises(common.UserError, match="step 7: the gradient's norm is inf"):
-        common.checked_grad_norm(7, torch.tensor(1.0), layer)
+        common.checked_grad_norm(7, {"loss": fine}, layer)
+
+
+@pytest.mark.parametrize(("max_norm", "gradient"), [(None, (75, 100)), (200, (75, 100)), (12.5, (7.5, 10))])
+def test_a_gradient_longer_than_max_grad_norm_is_shortened_to_it(layer, max_norm, gradient):
+    assert common.checked_grad_norm(1, {}, layer, max_norm) == 125.0  # as it was before
+    assert layer.weight.grad[0].tolist() == pytest.approx(gradient, rel=1e-6)

@@ -42,16 +42,6 @@ def pair(n):
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A folder with policy/, reward_model/, prompts/ and pairs/, as the demo has them, only smaller."""
-    folder = tmp_path_factory.mktemp("world")
-    (folder / "world.json").write_text(json.dumps(toy.make_world(folder, TINY)))
-    with (folder / "prompts" / "test.jsonl").open("a") as file:
-        file.write(json.dumps({"text": "Short.", "label": 1}) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def reviews(world):
     """The texts of the world's training reviews."""
     return [row["text"] for row in runs.read_rows(world / "prompts" / "train.jsonl")]
@@ -313,6 +303,7 @@ def test_prompt_ids_are_those_of_the_whole_text(reviews):
     texts += ["the film <|endoftext|> was good and our hero is a joy" * 9, "don't " * 60, "🎬 " * 50, "a\nb\t c"]
     # A text is cut after 16 characters for each token: here inside a word, inside spaces, at a contraction.
     texts += [" unforgettableness of it all", " the" + " " * 40 + "film", " the           film's", " \n \t \n    film"]
+    texts += ["!" * 14 + "\x1f the film", "x" * 14 + "\u2003 the film"]  # white space for Python only, and for all
     texts += ["é" * 15 + " film" * 9, " " * 40 + "film", "film\u00a0was \u2003good  indeed" * 9]
     tokenizer = toy.policy_tokenizer(texts)  # so runs of spaces and the long words are one token each
     for length in (1, 2, 3, 10):
@@ -365,6 +356,97 @@ def test_pairs_are_cut_counted_and_encoded_apart(world, tmp_path, capsys):
     expected = [common.encode(tokenizer, [rows[0][column]])[0] for column in dpo.COLUMNS]
     eos = [tokenizer.eos_token_id]
     assert pairs["train"] == [(expected[0], expected[1] + eos, expected[2] + eos)]
+
+
+# ---- hostile input: taken as it is, or refused by row and column -------------------------------------------
+
+HOSTILE = [
+    "nul \x00 and bell \x07 and escape \x1b[2J\x1b[31m in a film that our hero is a joy to see in",
+    "the film " * 110_000,  # a megabyte
+    "x" * 1_000_000,  # and without a space
+    "🎬 👩‍👩‍👧 🏳️‍🌈 é e\u0301 in a film that our hero is a joy to see in this year",
+    "\u202eשלום עולם\u2066 ومرحبا\u2029 in a film that our hero is a joy to see in this year",
+    "<|endoftext|> a film [SEP] with <|endoftext|> inside <|endoftext|>, our hero is a joy to see",
+    "| a | table | **bold** <script>alert(1)</script> `code` # title in a film to see in this year",
+]
+
+
+def test_hostile_texts_are_trained_on_as_texts_and_shown_harmlessly(world, tmp_path, capsys):
+    here = tmp_path / "wörld with spaces"
+    shutil.copytree(world, here)
+    shutil.rmtree(here / "prompts")
+    shutil.rmtree(here / "pairs")
+    hostile = labelled([*HOSTILE, "", " \n "])
+    toy.save_rows(here / "prompts", train=hostile, test=hostile)
+    rows = [{"prompt": "A film:", "positive_completion": f" {text}", "negative_completion": f" not {text}"}
+            for text in HOSTILE]
+    rows += [{**rows[0], "prompt": HOSTILE[1]}, {**rows[0], "positive_completion": ""}]
+    toy.save_rows(here / "pairs", train=rows, test=rows[:1])
+    out = tmp_path / "runs ü"
+    call("reward", *flags(here, "reward", out / "baseline"))
+    call("reinforce", *flags(here, "reinforce", out / "alpha-0.1", "--alpha", 0.1, "--batch-size", 3))
+    call("dpo", *flags(here, "dpo", out / "beta-0.1", "--batch-size", 3, "--epochs", 1))
+    said = capsys.readouterr()
+    assert "train prompts: 7 of 9 reviews; 2 have fewer than 10 tokens" in said.out
+    assert "column text: 1 texts, the first in row 0, hold control characters" in said.out
+    assert "train pairs: 7 of 9; 2 left out" in said.out
+    report.main([str(out)])
+    results = (out / "results.md").read_text()
+    shown = said.out + said.err + capsys.readouterr().out + results
+    assert not set(shown) & set("\x00\x07\x1b\u202e\u2066\u2029") and "table" in results
+    assert not re.search(r"^(?!    ).*<script>", results, re.MULTILINE)  # in indented blocks only
+    tokenizer = common.load_tokenizer("--policy", str(here / "policy"))
+    prompts = common.load_prompts(str(here / "prompts"), "train", tokenizer, 10, common.seeded(0, "test order"))
+    assert tokenizer.eos_token_id not in prompts
+    starts = common.decode(tokenizer, prompts)
+    assert sum(any(text.startswith(start) for start in starts) for text in HOSTILE) >= 5  # a cut emoji is no text
+    pairs = dpo.load_pairs(str(here / "pairs"), tokenizer, tokenizer.eos_token_id, 128)
+    assert all(len(pair.prompt) + len(side) <= 128 for pair in pairs["train"] for side in (pair.chosen, pair.rejected))
+    assert all(tokenizer.eos_token_id not in side[:-1] for pair in pairs["train"] for side in pair[1:])
+
+
+NO_TEXTS = [  # what stands in row 2 of a column, and how it is named
+    (None, "None"), (7, "7"), (1.5, "1.5"), (True, "True"), (["a"], "['a']"), ({"a": "b"}, "{'a': 'b'}"),
+]
+
+
+@pytest.mark.parametrize(("value", "shown"), NO_TEXTS)
+@pytest.mark.parametrize("script", ["reward", "dpo"])
+def test_what_is_no_text_is_refused_by_row_and_column(world, tmp_path, capsys, script, value, shown):
+    kind, column = {"reward": ("prompts", "text"), "dpo": ("pairs", "negative_completion")}[script]
+    rows = [pair(n) | {"text": f"Film {n}"} for n in range(4)]
+    rows[2][column] = value
+    toy.save_rows(tmp_path / "data", train=rows, test=rows)
+    said = refusal(script, *flags(world, script, tmp_path / "run", **{kind: tmp_path / "data"}), capsys=capsys)
+    split = {"reward": "test", "dpo": "train"}[script]
+    assert f"--{kind} {tmp_path}/data, split {split}, row 2, column {column}: {shown} is not a text" in said
+    assert not (tmp_path / "run").exists()
+
+
+BROKEN_FILES = [  # content of test.jsonl or test.csv, and what the one line must say of it
+    ("jsonl", b'{"text": "a"}\n{"text": "b\n', "Invalid encoding in string. in row 1"),
+    ("jsonl", b'{"text": "a\\ud800"}\n', "surrogate pair in string is invalid. in row 0"),
+    ("jsonl", b'{"text": "a\xff"}\n', "can't decode byte 0xff"),
+    ("csv", b'text,label\n"a,1\nb,2\n', "EOF inside string starting at row 1"),
+]
+
+
+@pytest.mark.parametrize(("ending", "content", "reason"), BROKEN_FILES)
+def test_a_broken_data_file_is_refused_with_its_row(world, tmp_path, capsys, ending, content, reason):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / f"test.{ending}").write_bytes(content)
+    said = refusal("reward", *flags(world, "reward", tmp_path / "run", prompts=tmp_path / "data"), capsys=capsys)
+    assert f"--prompts {tmp_path}/data cannot be loaded as a data set" in said and reason in said
+
+
+def test_control_characters_in_a_message_do_not_reach_the_terminal(world, tmp_path, capsys):
+    toy.save_rows(tmp_path / "data", test=[{"te\x1b[31mxt": "a"}])
+    said = refusal("reward", *flags(world, "reward", tmp_path / "run", prompts=tmp_path / "data"), capsys=capsys)
+    assert "has no column 'text'; it has te [31mxt" in said
+    said = refusal("reward", "--out", "x", "--seed", "a\x1bb", capsys=capsys)
+    assert "argument --seed: invalid whole number value: 'a\\x1bb'" in said
+    said = refusal("reward", "--out", "x", "--a\x1bb", capsys=capsys)
+    assert "unrecognized arguments: --a b" in said
 
 
 # ---- the offline world -------------------------------------------------------------------------------------
@@ -594,7 +676,7 @@ BAD_FOLDERS = [  # script, flag, folder below `odd`, what the one line must say
     ("reward", "--policy", "nowhere", "--policy {}: there is no such folder"),
     ("reward", "--policy", "empty", "--policy {} cannot be loaded as a language model"),
     ("reward", "--policy", "no-tokenizer", "--policy {} has no tokenizer: put its files beside the model"),
-    ("reward", "--policy", "cut-short", "--policy {} cannot be loaded as a language model"),
+    ("reward", "--policy", "cut-short", "as a language model: model.safetensors is cut off or broken, copy or"),
     ("reward", "--policy", "../reward_model", "--policy {} cannot be loaded as a language model"),
     ("reward", "--reward-model", "../policy", "{} is not a classifier: its checkpoint has no score.weight"),
     ("reward", "--reward-model", "nowhere", "--reward-model {}: there is no such folder"),
@@ -716,13 +798,13 @@ def test_a_run_is_not_replaced_by_another_scripts_or_by_one_that_reads_it(world,
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_logged(world, tmp_path, capsys):
     more = ["--lr", 1e30, "--batch-size", 16]
     said = refusal("reinforce", *flags(world, "reinforce", tmp_path / "run"), *more, capsys=capsys)
-    assert "step 2: the loss is nan" in said
+    assert "step 2: the KL is nan; the weights were not touched; try a lower --lr" in said
     assert [row["step"] for row in rows_of(tmp_path / "run" / "metrics.jsonl")] == [1]
     assert not (tmp_path / "run" / "eval.json").exists() and not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.parametrize(
-    ("script", "message"), [("reinforce", "the test reward is"), ("dpo", "a test pair's loss is not finite")]
+    ("script", "message"), [("reinforce", "the test reward is"), ("dpo", "test pairs: a log-prob is not finite")]
 )
 def test_a_policy_that_its_last_step_broke_is_no_finished_run(world, tmp_path, capsys, script, message):
     more = ["--lr", 1e30, "--batch-size", 64, "--limit", 16, "--epochs", 1]

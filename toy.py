@@ -227,8 +227,10 @@ def main(argv=None):
     unfinished = args.out.with_name(args.out.name + ".unfinished")
     transformers.utils.logging.disable_progress_bar()  # a bar for each file of weights
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        runs.lock(unfinished)
+        for path in unfinished.iterdir():  # of a world that was cut off
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         found = make_world(unfinished, seed=args.seed)
         runs.write_whole(unfinished / "world.json", runs.to_json(found, indent=2))
         os.replace(unfinished, args.out)  # a world is there whole or not at all

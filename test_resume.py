@@ -1,0 +1,507 @@
+"""Runs that are cut off, and what must be there afterwards: the same metrics and weights, bit for bit.
+
+Children are forked from a process that has loaded the scripts already, so that a whole run takes less than a second.
+KILLS=20 pytest test_resume.py is the long version of the kill tests, two minutes.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+import reinforce
+import reward
+import runs
+from test_runs import call, change, flags, refusal, rows_of, without_times
+
+KILLS = int(os.environ.get("KILLS", 2))  # of each algorithm
+SMALL = {"reinforce": ["--limit", 40, "--batch-size", 4, "--alpha", 0.1],  # 10 steps
+         "dpo": ["--limit", 16, "--batch-size", 4, "--epochs", 3]}  # 12 steps, 4 an epoch
+SMALL = {script: [*more, "--lr", 1e-2, "--save-every", 3, "--eval-limit", 8] for script, more in SMALL.items()}
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["reinforce", "dpo", "datasets", "test_resume"])
+
+
+def small(world, script, out, *more):
+    return flags(world, script, out, *SMALL[script], *more)
+
+
+def run_in_child(script, argv, log, hook=None):
+    """What the child process does: the script's last line, with what it prints in a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = [f"{script}.py"]
+    if hook:
+        hook[0](*hook[1:])
+    runs.launch(lambda: importlib.import_module(script).main(argv))
+
+
+def start(script, argv, folder, hook=None):
+    """-> the child's process. hook: a function of this file and its arguments, called before the script."""
+    process = FORK.Process(target=run_in_child, args=(script, argv, folder.with_suffix(".log"), hook))
+    process.start()
+    return process
+
+
+def finish(script, argv, folder, hook=None):
+    """Runs it in a child, to its end -> exit code (minus the signal's number if one killed it)."""
+    process = start(script, argv, folder, hook)
+    process.join()
+    return process.exitcode
+
+
+def outcome(folder):
+    """All that a run leaves, but for what it took in time and how often it was begun: file -> content."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found["metrics.jsonl"] = without_times(rows_of(folder / "metrics.jsonl"))
+    found["eval.json"] = without_times([json.loads(found["eval.json"])])
+    found["config.json"] = json.loads(found["config.json"])["script"]
+    return found
+
+
+@pytest.fixture(scope="session")
+def whole(world, tmp_path_factory):
+    """script -> what an uninterrupted run leaves, and the seconds that it took."""
+    found = {}
+    for script in SMALL:
+        folder = tmp_path_factory.mktemp("whole") / script
+        for _ in range(2):  # the first one starts the server, too
+            shutil.rmtree(folder, ignore_errors=True)
+            begun = time.perf_counter()
+            assert finish(script, small(world, script, folder), folder) == 0, folder.with_suffix(".log").read_text()
+            seconds = time.perf_counter() - begun
+        found[script] = outcome(folder), seconds
+        assert "checkpoint.pt" not in found[script][0]
+    return found
+
+
+# ---- killed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(world, whole, tmp_path, script):
+    expected, seconds = whole[script]
+    moments = random.Random(script)
+    for kill in range(KILLS):
+        folder = tmp_path / str(kill)
+        process = start(script, small(world, script, folder), folder)
+        time.sleep(moments.uniform(0.1, seconds))
+        process.kill()
+        process.join()
+        if not (folder / "eval.json").exists():
+            assert finish(script, small(world, script, folder), folder) == 0, folder.with_suffix(".log").read_text()
+        assert outcome(folder) == expected, kill
+
+
+def die_at(number):
+    """Kills the process at its number-th write, of whatever kind, and in the middle of those that have a middle."""
+    left = [number]
+
+    def dying(function, half=None):
+        def instead(*args, **more):
+            left[0] -= 1
+            if left[0] == 0:
+                if half:
+                    half(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **more)
+
+        return instead
+
+    def half_a_checkpoint(content, file):
+        save(content, file)
+        file.flush()
+        os.truncate(file.name, os.path.getsize(file.name) // 2)
+
+    def half_a_line(run, name, row):
+        with (run.folder / name).open("a") as file:
+            file.write(runs.to_json(row)[:20])
+
+    def half_a_model(run, policy, tokenizer):
+        policy.save_pretrained(run.folder / "model.unfinished")
+
+    save = torch.save
+    torch.save = dying(save, half_a_checkpoint)
+    runs.Run.append = dying(runs.Run.append, half_a_line)
+    runs.Run.save_model = dying(runs.Run.save_model, half_a_model)
+    for name in ("replace", "fsync", "truncate", "unlink"):
+        setattr(os, name, dying(getattr(os, name)))
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_killed_at_any_write_a_run_ends_as_if_it_had_not_been(world, whole, tmp_path, script):
+    """Each write of a run is a moment of its own: KILLS of them, spread over all, or with KILLS=20 every one."""
+    writes = random.Random(script).sample(range(1, 100), 4 * KILLS) if KILLS < 20 else range(1, 1000)
+    killed = 0
+    for number in writes:
+        folder = tmp_path / str(number)
+        code = finish(script, small(world, script, folder), folder, (die_at, number))
+        if code == 0:  # there are not so many
+            assert number > 60 and outcome(folder) == whole[script][0]
+            if KILLS >= 20:
+                break
+            continue
+        assert code == -signal.SIGKILL
+        killed += 1
+        if not (folder / "eval.json").exists():
+            assert finish(script, small(world, script, folder), folder) == 0, folder.with_suffix(".log").read_text()
+        checkpoint.remove(folder)  # killed between the result and this: they lie there, and nothing reads them
+        assert outcome(folder) == whole[script][0], number
+    assert killed >= KILLS
+
+
+# ---- stopped -----------------------------------------------------------------------------------------------
+
+
+def log_of(folder):
+    return folder.with_suffix(".log").read_text()
+
+
+def stop_in_step(step, number, times=1):
+    """Sends the process a signal in the middle of a step."""
+    log = runs.Run.log
+
+    def stopping(run, **row):
+        if row.get("step") == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        log(run, **row)
+
+    runs.Run.log = stopping
+
+
+@pytest.mark.parametrize(("script", "number"), [("reinforce", signal.SIGINT), ("dpo", signal.SIGTERM)])
+def test_stopped_by_ctrl_c_or_sigterm_a_run_finishes_its_step_and_goes_on(world, whole, tmp_path, script, number):
+    folder = tmp_path / "run"
+    argv = small(world, script, folder)
+    assert finish(script, argv, folder, (stop_in_step, 5, number)) == 128 + number
+    said = log_of(folder)
+    assert "stopping after this step" in said and said.count("Traceback") == 0
+    assert said.splitlines()[-1] == f"{script}.py: interrupted; what is finished is kept, the same command goes on"
+    assert [row["step"] for row in rows_of(folder / "metrics.jsonl") if "step" in row] == [1, 2, 3, 4, 5]
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert finish(script, argv, folder) == 0
+    assert f"{folder}: goes on after step 5" in log_of(folder)
+    assert outcome(folder) == whole[script][0]
+    about = json.loads((folder / "config.json").read_text())
+    assert [again["step"] for again in about["continued"]] == [5]
+
+
+def test_a_second_ctrl_c_stops_at_once(world, whole, tmp_path):
+    folder = tmp_path / "run"
+    argv = small(world, "reinforce", folder)
+    assert finish("reinforce", argv, folder, (stop_in_step, 5, signal.SIGINT, 2)) == 130
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 3  # of --save-every 3
+    assert finish("reinforce", argv, folder) == 0
+    assert outcome(folder) == whole["reinforce"][0]
+
+
+@pytest.fixture
+def cut_off(world, tmp_path, monkeypatch):
+    """A function: script, step -> the folder of a run that failed in that step, and its command line."""
+
+    def cut(script, step, folder=tmp_path / "run"):
+        def failing(run, **row):
+            if row.get("step") == step:
+                raise runs.UserError("cut off")
+            log(run, **row)
+
+        log, argv = runs.Run.log, small(world, script, folder)
+        with monkeypatch.context() as patch, pytest.raises(runs.UserError, match="cut off"):
+            patch.setattr(runs.Run, "log", failing)
+            call(script, *argv)
+        return folder, argv
+
+    return cut
+
+
+@pytest.mark.parametrize("script", SMALL)
+@pytest.mark.parametrize("damage", ["cut", "changed", "the log", "both"])
+def test_a_broken_checkpoint_is_left_out_aloud_and_the_one_before_taken(whole, cut_off, capsys, script, damage):
+    folder, argv = cut_off(script, 8)  # checkpoints of steps 3 and 6; DPO: 3, 4 (its epoch's end) and 6
+    paths = [folder / "checkpoint.pt", folder / "checkpoint-before.pt"]
+    for path in paths[: {"both": 2, "the log": 0}.get(damage, 1)]:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content[: len(content) // 3] if damage == "cut" else content)
+    if damage == "the log":  # shorter than it was for the newest
+        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (folder / "metrics.jsonl").write_text("".join(lines[:5]))
+    capsys.readouterr()
+    call(script, *argv)
+    said = capsys.readouterr()
+    assert [f"{path} is broken and left out" in said.err for path in paths] == [True, damage == "both"]
+    before = {"reinforce": 3, "dpo": 4}[script]
+    assert (f"goes on after step {before}" in said.out) == (damage != "both")
+    assert outcome(folder) == whole[script][0]
+
+
+def test_a_checkpoint_cannot_run_code(cut_off, tmp_path, capsys):
+    class Malice:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was here"),)
+
+    folder, argv = cut_off("reinforce", 5)
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save({**content, "parts": Malice()}, folder / "checkpoint.pt")
+    call("reinforce", *argv)
+    assert "checkpoint.pt is broken and left out (Weights only load failed" in capsys.readouterr().err
+    assert not (tmp_path / "was here").exists()
+
+
+def test_other_settings_do_not_go_on(world, cut_off, tmp_path, capsys, monkeypatch):
+    folder, argv = cut_off("reinforce", 5)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    said = refusal("reinforce", *argv, "--alpha", 0.2, "--lr", 0.5, capsys=capsys)
+    assert "holds a run that was cut off at step 3 with other settings: " in said
+    assert "--lr was 0.01, is 0.5" in said and "--alpha was 0.1, is 0.2" in said and "--seed" not in said
+    monkeypatch.setattr(runs, "CODE", ("common.py", "fast.py", "dpo.py"))  # as if there had been no reward.py
+    assert "reward.py has changed" in refusal("reinforce", *argv, capsys=capsys)
+    monkeypatch.undo()
+    monkeypatch.setattr(reinforce, "pick_device", lambda *_: (torch.device("cpu"), "bf16"))
+    assert "--precision was fp32, is bf16" in refusal("reinforce", *argv, capsys=capsys)
+    monkeypatch.undo()
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}  # all this has touched nothing
+    call("reinforce", *argv, "--alpha", 0.2, "--overwrite")
+    assert [row["step"] for row in rows_of(folder / "metrics.jsonl")] == list(range(1, 11))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["flags"]["alpha"] == 0.2 and "continued" not in config
+
+
+def test_flags_that_change_no_number_of_the_training_may_change_on_the_way(whole, cut_off, capsys):
+    folder, argv = cut_off("dpo", 6)
+    call("dpo", *argv, "--save-every", 1000, "--eval-batch-size", 3, "--overwrite")  # nothing finished is overwritten
+    assert "goes on after step 4" in capsys.readouterr().out
+    found, expected = outcome(folder), whole["dpo"][0]
+    assert found["metrics.jsonl"] == expected["metrics.jsonl"]
+    assert found["model/model.safetensors"] == expected["model/model.safetensors"]
+
+
+def test_a_checkpoint_of_another_policy_does_not_go_on(world, cut_off, tmp_path, capsys):
+    shutil.copytree(world / "policy", tmp_path / "policy")
+    _, argv = cut_off("reinforce", 5)
+    change(world / "policy" / "config.json", n_layer=1)
+    try:
+        said = refusal("reinforce", *argv, capsys=capsys)
+    finally:
+        shutil.copyfile(tmp_path / "policy" / "config.json", world / "policy" / "config.json")
+    assert "the checkpoint's policy does not fit what was loaded; --overwrite begins anew" in said
+
+
+def test_a_finished_run_is_not_gone_on_from(whole, cut_off, capsys):
+    """Killed after eval.json and before its checkpoint was removed: finished, and --overwrite begins anew."""
+    folder, argv = cut_off("reinforce", 5)
+    kept = (folder / "checkpoint.pt").read_bytes()
+    call("reinforce", *argv)
+    (folder / "checkpoint.pt").write_bytes(kept)
+    assert "holds a finished run" in refusal("reinforce", *argv, capsys=capsys)
+    call("reinforce", *argv, "--overwrite")
+    assert "goes on" not in capsys.readouterr().out and outcome(folder) == whole["reinforce"][0]
+
+
+def test_two_processes_do_not_write_into_one_folder(world, tmp_path, capsys):
+    folder = tmp_path / "run"
+    argv = small(world, "reinforce", folder)
+    process = start("reinforce", argv, folder, (wait_in_step, 2))
+    while not (folder / "metrics.jsonl").exists():
+        assert process.is_alive(), log_of(folder)
+        time.sleep(0.02)
+    said = refusal("reinforce", *argv, capsys=capsys)
+    assert f"--out {folder}: another process is at work in it; wait, or give another folder" in said
+    process.kill()
+    process.join()
+    call("reinforce", *argv)  # the lock went with its process
+
+
+def wait_in_step(step):
+    log = runs.Run.log
+
+    def waiting(run, **row):
+        if row.get("step") == step:
+            time.sleep(60)
+        log(run, **row)
+
+    runs.Run.log = waiting
+
+
+# ---- faults ------------------------------------------------------------------------------------------------
+
+
+def largest_file(size):
+    """As on a disk that is full: no file of the process can become larger than so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+FULL = [("reinforce", 300), ("reinforce", 100_000), ("dpo", 1000), ("dpo", 100_000)]
+
+
+@pytest.mark.parametrize(("script", "size"), FULL)
+def test_a_full_disk_stops_the_run_in_a_line_and_the_same_command_goes_on(world, whole, tmp_path, script, size):
+    """300 bytes: no config.json; 1000: the log; 100,000: no checkpoint."""
+    folder = tmp_path / "run"
+    argv = small(world, script, folder)
+    assert finish(script, argv, folder, (largest_file, size)) == 1
+    said = log_of(folder)
+    assert f"{script}.py: error: --out {folder} cannot be written: File too large" in said.splitlines()[-1]
+    assert "Traceback" not in said and not (folder / "eval.json").exists()
+    assert finish(script, argv, folder) == 0, log_of(folder)
+    assert outcome(folder) == whole[script][0]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(world, whole, tmp_path):
+    folder = tmp_path / "run"
+    argv = small(world, "reinforce", folder)
+    assert finish("reinforce", argv, folder, (full_from_step, 7)) == 1
+    assert "cannot be written: File too large" in log_of(folder).splitlines()[-1]
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 6
+    assert finish("reinforce", argv, folder) == 0
+    assert "goes on after step 6" in log_of(folder) and outcome(folder) == whole["reinforce"][0]
+
+
+def full_from_step(step):
+    save = torch.save
+
+    def saving(content, file):
+        if content["step"] >= step:
+            largest_file(100_000)
+        save(content, file)
+
+    torch.save = saving
+
+
+def test_a_disk_that_fails_while_the_model_is_saved(world, whole, tmp_path):
+    folder = tmp_path / "run"
+    argv = small(world, "dpo", folder)
+    assert finish("dpo", argv, folder, (full_before_the_model,)) == 1
+    assert "cannot be written: " in log_of(folder).splitlines()[-1] and not (folder / "model").exists()
+    assert finish("dpo", argv, folder) == 0
+    assert "goes on after step 12" in log_of(folder) and outcome(folder) == whole["dpo"][0]
+
+
+def full_before_the_model():
+    save = runs.Run.save_model
+
+    def saving(*args):
+        largest_file(50_000)
+        save(*args)
+
+    runs.Run.save_model = saving
+
+
+def test_a_folder_without_permission_is_refused_before_anything_is_loaded(world, tmp_path, capsys, monkeypatch):
+    """As for any user but root, whom a test may run as: no one may write there."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    said = refusal("reinforce", *small(world, "reinforce", tmp_path / "a" / "b"), "--policy", "/nowhere", capsys=capsys)
+    assert f"--out {tmp_path}/a/b cannot be written: no permission in {tmp_path}" in said
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 8"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), MemoryError(),
+])
+def test_out_of_memory_says_which_flag_helps(capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        runs.launch(main)
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert "out of memory; in training try a smaller --micro-batch, in the evaluation a smaller --eval-batch-s" in said
+
+
+def test_errors_of_the_code_itself_keep_their_traceback():
+    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x"), OSError("no number")):
+        with pytest.raises(type(error)):
+            runs.launch(lambda error=error: (_ for _ in ()).throw(error))
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_a_number_that_is_not_finite_keeps_the_checkpoint_before(world, whole, tmp_path, capsys, monkeypatch, script):
+    """The gradient of step 5 becomes nan: no weight moves, and once it is mended the run goes on from 3 (DPO: 4)."""
+    folder = tmp_path / "run"
+    module, argv = sys.modules[script], small(world, script, folder)
+    check = module.checked_grad_norm
+
+    def breaking(step, values, policy, max_norm):
+        if step == 5:
+            next(policy.parameters()).grad[0, 0] = torch.nan
+            before = [weight.detach().clone() for weight in policy.parameters()]
+        try:
+            return check(step, values, policy, max_norm)
+        finally:
+            assert step != 5 or all(map(torch.equal, before, policy.parameters()))
+
+    monkeypatch.setattr(module, "checked_grad_norm", breaking)
+    said = refusal(script, *argv, capsys=capsys)
+    assert "step 5: the gradient's norm is nan; the weights were not touched" in said
+    kept = {"reinforce": 3, "dpo": 4}[script]
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == kept
+    monkeypatch.undo()
+    call(script, *argv)
+    assert f"goes on after step {kept}" in capsys.readouterr().out and outcome(folder) == whole[script][0]
+
+
+def test_a_classifier_that_gives_nan_is_named(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reward, "positivity", lambda scorer, texts: torch.full((len(texts),), torch.nan))
+    said = refusal("dpo", *small(world, "dpo", tmp_path / "run"), capsys=capsys)
+    assert "step 0: a reward is nan; --reward-model is broken" in said
+    monkeypatch.undo()
+    monkeypatch.setattr(reinforce, "positivity", lambda scorer, texts: torch.full((len(texts),), torch.nan))
+    said = refusal("reinforce", *small(world, "reinforce", tmp_path / "other"), capsys=capsys)
+    assert "step 1: the reward is nan; the weights were not touched; what was loaded is broken" in said
+
+
+def test_max_grad_norm_is_used_and_the_norm_is_logged_as_it_was(world, whole, tmp_path):
+    argv = small(world, "dpo", tmp_path / "run", "--max-grad-norm", 1e-3)
+    call("dpo", *argv)
+    plain, shortened = ([row for row in rows if "step" in row] for rows in
+                        (whole["dpo"][0]["metrics.jsonl"], rows_of(tmp_path / "run" / "metrics.jsonl")))
+    assert shortened[0]["grad_norm"] == plain[0]["grad_norm"] > 1e-3
+    assert shortened[-1]["loss"] != plain[-1]["loss"]
+
+
+# ---- randomness --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_training_depends_on_seed_and_step_and_on_nothing_drawn_elsewhere(world, whole, tmp_path, monkeypatch, script):
+    """Looks at samples after every step, tests fewer prompts, and draws from PyTorch's own generator in between."""
+    def disturbed(*args):
+        torch.manual_seed(time.time_ns())
+        return sample(*args)
+
+    sample = reward.sample
+    monkeypatch.setattr(sys.modules[script], "SAMPLE_EVERY", 1)
+    monkeypatch.setattr(reward, "sample", disturbed)  # of the evaluation and of the looks
+    call(script, *small(world, script, tmp_path / "run", "--eval-batch-size", 2))
+    assert len(rows_of(tmp_path / "run" / "samples.jsonl")) > 50
+    found, expected = outcome(tmp_path / "run"), whole[script][0]
+    assert found["metrics.jsonl"] == expected["metrics.jsonl"]
+    assert found["model/model.safetensors"] == expected["model/model.safetensors"]
+
+
+def test_the_same_noise_at_the_same_step_whatever_was_sampled_before(world, tmp_path, monkeypatch):
+    """A policy that moves and one that does not draw their texts from the same numbers in every step."""
+    drawn, sample = {}, reinforce.sample
+    for lr in ("1e-2", "1e-30"):
+        states = drawn[lr] = []
+        monkeypatch.setattr(reinforce, "sample", lambda *args, states=states: (states.append(args[3].get_state()),
+                                                                               sample(*args))[1])
+        call("reinforce", *small(world, "reinforce", tmp_path / lr, "--lr", lr))
+    assert len(drawn["1e-2"]) == 10 and all(map(torch.equal, *drawn.values()))
