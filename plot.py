@@ -161,15 +161,15 @@ def place(axes, texts):
             at, every = np.arange(len(ends)), np.linspace(0, len(ends) - 1, 2000)
             points += list(zip(np.interp(every, at, ends[:, 0]), np.interp(every, at, ends[:, 1]), strict=True))
     for x, y, text, colour in texts:
+        others = [point for point, other in zip(points, texts, strict=False) if other[2] != text]
         for dx, dy in ((8, 5), (8, -13), (-8, 5), (-8, -13), (8, 18), (-8, 18), (8, -26), (-8, -26), (8, 31), (8, -39)):
             side = {"textcoords": "offset points", "ha": "left" if dx > 0 else "right"}
             note = axes.annotate(text, (x, y), (dx, dy), color=colour, fontsize=9, **side)
             box = note.get_window_extent().padded(1)
             wide = box.padded(12)  # beside another run's point it would be read as that one's
-            others = [point for point, other in zip(points, texts, strict=False) if other[2] != text]
             inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0
-            if inside and not any(map(box.overlaps, taken)) and not any(
-                    [box.contains(*point) for point in points] + [wide.contains(*point) for point in others]):
+            covers = any(box.contains(*point) for point in points) or any(wide.contains(*point) for point in others)
+            if inside and not covers and not any(map(box.overlaps, taken)):
                 break
             note.remove()
         else:

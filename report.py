@@ -135,8 +135,7 @@ class Report:
             return (yield from self.lacking("completions of the untouched policy, to tell natural text by", "baseline"))
         held = [run for run, natural in judged
                 if run.result["reward"] < 0.65 and run.flags["alpha"] > 0 and natural >= MOSTLY]
-        poor = [run for run, natural in judged if natural < MOSTLY]
-        poor = [run for run in poor if run.flags["alpha"] > 0]
+        poor = [run for run, natural in judged if natural < MOSTLY and run.flags["alpha"] > 0]
         good = sorted((run for run, natural in judged if run.result["reward"] >= 0.8 and natural >= MOSTLY),
                       key=lambda run: run.result["kl"])
         regimes = (

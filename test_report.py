@@ -248,7 +248,7 @@ def test_the_whole_report(folder, capsys):
     regimes = section(folder, "Q3.2")
     assert cells(regimes, "`alpha-0.02`")["reward - alpha KL"] == "0.650"  # 0.9 - 0.02 * 12.5
     assert cells(regimes, "high alpha")["here"] == "`alpha-2`"
-    assert cells(regimes, "low alpha")["here"] == "`alpha-9`"  # poor text; one with a penalty, if there is one
+    assert cells(regimes, "low alpha")["here"] == "`alpha-9`"  # poor text, with a penalty
     assert cells(regimes, "in between")["here"] == "`loo-0.02`, `alpha-0.02`"  # by KL
     together = section(folder, "The same prompts")
     assert together.count("    alpha-0 ") == 5
