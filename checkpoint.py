@@ -15,7 +15,7 @@ import zipfile
 import torch
 from tqdm import tqdm
 
-from runs import UserError, flush
+from runs import flush, out_of_memory, plain
 
 NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 
@@ -30,16 +30,13 @@ class Progress:
 
     def __init__(self, run, **parts):
         self.run, self.parts = run, parts
-        self.step, self.passed = run.saved.get("step", 0), 0  # passed: steps of the epochs that the loop went through
+        self.step = run.saved.get("step", 0)
+        self.end = 0  # the last step of the epoch that the loop is in
         for name, part in parts.items() if self.step else ():
-            try:
-                if isinstance(part, torch.Generator):
-                    part.set_state(run.saved["parts"][name])
-                elif hasattr(part, "load_state_dict"):
-                    part.load_state_dict(run.saved["parts"][name])
-            except (RuntimeError, ValueError, LookupError):
-                misfit = f"--out {run.folder}: the checkpoint's {name} does not fit what was loaded"
-                raise UserError(f"{misfit}; --overwrite begins anew") from None
+            if isinstance(part, torch.Generator):
+                part.set_state(run.saved["parts"][name])
+            elif hasattr(part, "load_state_dict"):
+                part.load_state_dict(run.saved["parts"][name])
         run.saved = {}  # a gigabyte for DistilGPT2
 
     def steps(self, batches, desc):
@@ -48,22 +45,26 @@ class Progress:
         When the loop comes back for the next one the step is done: every --save-every steps and at the epoch's end a
         checkpoint is written. So it is after Ctrl-C or SIGTERM, before KeyboardInterrupt is raised.
         """
-        done = min(max(self.step - self.passed, 0), len(batches))
-        self.passed += len(batches)
+        begin, self.end = self.end, self.end + len(batches)
+        done = min(max(self.step - begin, 0), len(batches))
         self.bar = tqdm(batches[done:], desc, len(batches), initial=done, unit="step", dynamic_ncols=True,
                         disable=done == len(batches))
         with stop_signals() as stop:
             for batch in self.bar:
                 self.step += 1
                 yield self.step, batch
-                if stop or self.step == self.passed or self.step % self.run.args.save_every == 0:
+                stopping = list(stop)
+                if stopping or self.step == self.end or self.step % self.run.args.save_every == 0:
                     self.save()
-                if stop:
-                    raise KeyboardInterrupt(*stop)
+                if stopping:
+                    raise KeyboardInterrupt(*stopping)
+            if stop:  # at the very end; the checkpoint is there
+                raise KeyboardInterrupt(*stop)
 
     def show(self, **values):
         """Beside the progress bar."""
-        self.bar.set_postfix(values)
+        with contextlib.suppress(OSError):  # as when the terminal is gone
+            self.bar.set_postfix(values)
 
     def save(self):
         self.run.checkpoint(step=self.step, parts={name: state(part) for name, part in self.parts.items()})
@@ -84,7 +85,8 @@ def stop_signals():
     def note(number, frame):
         noted.append(number)
         restore()
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")  # safe in a handler
+        with contextlib.suppress(OSError):  # os.write, since print is not safe within a handler
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
     def restore():
         for number, handler in before.items():
@@ -109,7 +111,9 @@ def write(folder, content):
         flush(unfinished)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)  # a full disk has room again
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None  # PyTorch hides it
+        if isinstance(error.__context__, OSError | KeyboardInterrupt):  # the cause, as PyTorch hides it
+            raise error.__context__ from None
+        raise
     if (folder / NEWEST).exists():
         os.replace(folder / NEWEST, folder / BEFORE)
     os.replace(unfinished, folder / NEWEST)
@@ -117,22 +121,24 @@ def write(folder, content):
 
 
 def newest(folder):
-    """-> the newest checkpoint that is whole, {} if there is none; what is broken is said."""
-    for name in (NEWEST, BEFORE):
-        path = folder / name
+    """-> path and content of the newest checkpoint that is whole; what is broken is said.
+
+    None, {} if there is no checkpoint, and some path, {} if none is whole.
+    """
+    there = [folder / name for name in (NEWEST, BEFORE) if (folder / name).exists()]
+    for path in there:
         try:
-            if path.exists():
-                return read(path)
-        except OSError:  # no permission, a disk that fails: nothing is known about the checkpoint
-            raise
+            return path, read(path)
         except Exception as problem:  # whatever it is: half a file, changed bytes, something else altogether
+            if isinstance(problem, OSError) or out_of_memory(problem):
+                raise  # this says nothing about the checkpoint
             reason = " ".join(str(problem).split())[:100]
-            print(f"{path} is broken and left out ({reason})", file=sys.stderr)
-    return {}
+            print(plain(f"{path} is broken and left out ({reason})"), file=sys.stderr)
+    return (there or [None])[0], {}
 
 
 def read(path):
-    """-> the state; an exception if it is not as it was written, or the logs beside it have become shorter."""
+    """-> its content; an exception if it is not as it was written, or the logs beside it have become shorter."""
     with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
         if changed := archive.testzip():
             raise ValueError(f"{changed} in it has changed")
@@ -141,9 +147,4 @@ def read(path):
         log = path.parent / name
         if not log.exists() or log.stat().st_size < length:
             raise ValueError(f"{name} is shorter than when it was written")
-    return content
-
-
-def remove(folder):
-    for name in (BEFORE, NEWEST, NEWEST + ".unfinished"):
-        (folder / name).unlink(missing_ok=True)
+    return {key: content[key] for key in ("step", "settings", "lengths", "parts")}

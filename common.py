@@ -141,7 +141,7 @@ def checked_grad_norm(step, values, model, max_norm=None):
     norm = torch.nn.utils.get_total_norm(gradients)
     for name, value in {**values, "gradient's norm": norm}.items():
         if not torch.isfinite(value):
-            advice = "try a lower --lr or --max-grad-norm 1" if step > 1 else "what was loaded is broken"
+            advice = "try a lower --lr or --max-grad-norm 1" if step > 1 else "what was loaded, or a flag, is at fault"
             raise UserError(f"step {step}: the {name} is {value.item()}; the weights were not touched; {advice}")
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)

@@ -13,11 +13,11 @@ Left out on purpose: label smoothing, length normalization, the family's other l
 import time
 from typing import NamedTuple
 
+import runs  # before torch, so that Ctrl-C while it loads needs no traceback
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import runs
 from checkpoint import Progress
 from common import (check_length, checked_grad_norm, completion_logits, encode, load_policy, load_reference,
                     masked_sum, seeded)
@@ -224,7 +224,7 @@ def main(argv=None):
     pairs = {"train": [pairs["train"][row] for row in subset], "test": pairs["test"][: args.eval_limit]}
     test_prompts = load_test_prompts(args, tokenizer)
 
-    run.start(str(device), precision)
+    run.start(str(device), precision, policy=policy, reference=reference, pairs=pairs)
     size = args.micro_batch or args.batch_size
     reference_logps = run.saved.get("parts", {}).get("reference_logps") or {
         split: all_logps(reference, rows, size, f"reference, {split} pairs") for split, rows in pairs.items()}

@@ -14,9 +14,9 @@ reduction, and unbiased.
 
 import time
 
+import runs  # before torch, so that Ctrl-C while it loads needs no traceback
 import torch
 
-import runs
 from checkpoint import Progress
 from common import (check_length, checked_grad_norm, completion_logits, completion_mask, decode,
                     load_policy, load_prompts, load_reference, masked_sum, sample, seeded)
@@ -125,7 +125,7 @@ def main(argv=None):
     prompts = load_prompts(args.prompts, "train", tokenizer, args.prompt_len, order, args.limit)
     test_prompts = load_test_prompts(args, tokenizer)
 
-    run.start(str(device), precision)
+    run.start(str(device), precision, policy=policy, reference=reference, classifier=scorer.model, prompts=prompts)
     train(policy, reference, tokenizer, scorer, prompts, test_prompts, run)
     run.save_model(policy, tokenizer)
     run.finish(**evaluate(policy, reference, tokenizer, scorer, test_prompts, run))

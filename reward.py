@@ -13,11 +13,11 @@ import math
 import time
 from typing import NamedTuple
 
+import runs  # before torch, so that Ctrl-C while it loads needs no traceback
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-import runs
 from common import (check_length, completion_logits, completion_mask, decode, load_model, load_policy,
                     load_prompts, load_reference, load_tokenizer, masked_sum, sample, seeded)
 from fast import logps_and_kl, pick_device

@@ -53,17 +53,34 @@ def launch(main):
         if not error.strerror:
             raise
         message, code = f"{name}: error: {error.filename or 'a file'}: {error.strerror}", 1
-    except (MemoryError, RuntimeError) as error:  # RuntimeError: PyTorch's
-        if not re.search("^$|out of memory|n[o']t (allocate|enough) memory", str(error), re.IGNORECASE):
+    except Exception as error:
+        if not out_of_memory(error):
             raise
         advice = "in training try a smaller --micro-batch, in the evaluation a smaller --eval-batch-size"
-        message, code = f"{name}: error: out of memory; {advice}; the run goes on from its last checkpoint", 1
+        message, code = f"{name}: error: out of memory; {advice}; a training run goes on from its checkpoint", 1
     print(plain(message), file=sys.stderr)  # out here the progress bar is gone and has ended its line
     sys.exit(code)
 
 
 def terminate(number, frame):
     raise KeyboardInterrupt(number)
+
+
+def quiet(kind, error, trace):
+    """For what no one caught: Ctrl-C before launch(), while PyTorch is loaded, needs no traceback."""
+    if kind is KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = quiet
+
+
+def out_of_memory(error):
+    """True if that is what it says, in the words of Python, PyTorch, CUDA or oneDNN."""
+    said = "out of memory|n[o']t (allocate|enough) memory|bad_alloc|ALLOC_FAILED|create a primitive"
+    return isinstance(error, MemoryError) or bool(re.search(said, str(error), re.IGNORECASE))
 
 
 def plain(text):
@@ -92,12 +109,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def number(kind, low, above=False):
-    """A parser of finite numbers from `low` up (`above`: greater than `low`)."""
+    """A parser of numbers from `low` up (`above`: greater than `low`)."""
 
     def parse(text):
         value = kind(text)  # argparse reports a ValueError as "invalid ... value"
-        if not (low < value if above else low <= value) or value == float("inf"):
+        if not (low < value if above else low <= value):
             raise argparse.ArgumentTypeError(f"{text} is not a number {f'above {low}' if above else f'from {low} up'}")
+        if value > (2**31 if kind is int else 1e30):  # what PyTorch's integers and fp32 can hold, and sense
+            raise argparse.ArgumentTypeError(f"{text} is too large")
         return value
 
     parse.__name__ = "whole number" if kind is int else "number"
@@ -114,7 +133,7 @@ def parser(description):
     flags = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = flags.add_argument
     add("--out", required=True, type=Path, help="the run's folder (required)")
-    add("--overwrite", action="store_true", help="replace a run in --out that is finished or has other flags")
+    add("--overwrite", action="store_true", help="replace a run in --out that is finished or has other settings")
     add("--seed", type=number(int, 0), default=0, help="whole number that all random draws come from (0)")
     add("--device", choices=("cuda", "mps", "cpu"), help="where to compute (the first of these that is there)")
     precisions = ("auto", "fp32", "bf16")
@@ -141,7 +160,7 @@ def training_flags(flags, batch_size, lr, epochs):
     add("--lr", type=positive, default=lr, help="AdamW's learning rate (%(default)s)")
     add("--epochs", type=count, default=epochs, help="times through the training rows (%(default)s)")
     add("--max-grad-norm", type=positive, metavar="G", help="shorten a longer gradient to this norm (never)")
-    add("--save-every", type=count, default=100, metavar="n", help="steps from checkpoint to checkpoint (%(default)s)")
+    add("--save-every", type=count, default=200, metavar="n", help="steps from checkpoint to checkpoint (%(default)s)")
     return flags
 
 
@@ -165,7 +184,8 @@ class Run:
         try:
             yield
         except Exception as error:
-            if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":  # of save_pretrained
+            rust = type(error) is Exception or type(error).__name__ == "SafetensorError"  # of save_pretrained
+            if not isinstance(error, OSError) and not rust:
                 raise
             reason = getattr(error, "strerror", None) or error
             kept = "; what was finished is kept, the same command goes on" if self.folder.is_dir() else ""
@@ -190,24 +210,31 @@ class Run:
             raise UserError(f"--out {folder} is not empty and no run's folder; give another one") from None
         if script != self.script:
             raise UserError(f"--out {folder} holds a run of {script}; give another folder")
-        if (folder / "eval.json").exists() and not self.args.overwrite:
-            raise UserError(f"--out {folder} holds a finished run; give another folder or --overwrite")
+        if (folder / "eval.json").exists():
+            remove_checkpoints(folder)  # left by a kill at the very end
+            if not self.args.overwrite:
+                raise UserError(f"--out {folder} holds a finished run; give another folder or --overwrite")
         inputs = [value for name, value in vars(self.args).items() if name in (*COURSE, "reference") and value]
         if any(Path(value).resolve().is_relative_to(folder.resolve()) for value in inputs):
             raise UserError(f"--out {folder} holds what this run reads; give another folder")
 
-    def start(self, device, precision):
-        """Called when everything is loaded: finds the checkpoint to go on from, or clears what an earlier run left."""
+    def start(self, device, precision, **loaded):
+        """Called when everything is loaded: finds the checkpoint to go on from, or clears what an earlier run left.
+
+        loaded: by name, the models and data that the training depends on; a run goes on only with the same.
+        """
         with self.writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self.check()  # again: another process may have been faster
             flags = {**vars(self.args), "out": str(self.folder)}
             about = {"script": self.script, "flags": flags, "versions": versions(), "device": device}
             about |= {"hardware": hardware(device), "precision": precision, "commit": commit()}
-            code = {name: zlib.crc32(Path(__file__).with_name(name).read_bytes()) for name in (*CODE, self.script)}
-            fixed = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if name not in FREE}
-            self.settings = {**code, **fixed, "--device": device, "--precision": precision}
-            self.go_on_or_clear()
+            sources = {name: Path(__file__).with_name(name).read_bytes() for name in (*CODE, self.script)}
+            self.settings = {name: fingerprint(value) for name, value in {**sources, **loaded}.items()}
+            self.settings |= {f"--{name.replace('_', '-')}": flags[name] for name in flags if name not in FREE}
+            self.settings |= {"--device": device, "--precision": precision}
+            self.saved = self.choose()
+            self.clear()
             if self.saved:
                 earlier = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
                 again = {"step": self.saved["step"], **{key: about[key] for key in ("versions", "hardware", "commit")}}
@@ -215,21 +242,27 @@ class Run:
                 print(f"{self.folder}: goes on after step {self.saved['step']}")
             write_whole(self.folder / "config.json", to_json(about, indent=2))
 
-    def go_on_or_clear(self):
-        """Sets `saved`, and leaves the folder as it was when that checkpoint was written, or empty."""
+    def choose(self):
+        """-> the checkpoint to go on from, {} to begin anew; UserError if there is one, but not for this run."""
         import checkpoint  # here, because it loads torch
 
-        if (self.folder / "eval.json").exists():  # and --overwrite was given, or check() had refused
-            checkpoint.remove(self.folder)
-        self.saved = checkpoint.newest(self.folder)
-        if self.saved and self.saved["settings"] != self.settings:
-            if not self.args.overwrite:
-                raise UserError(f"--out {self.folder} holds a run that was cut off at step {self.saved['step']} with "
-                                f"other settings: {differences(self.saved['settings'], self.settings)}. Call it as "
-                                "it was to go on, or give --overwrite to begin anew, or another folder")
-            self.saved = {}
-        if not self.saved:
-            checkpoint.remove(self.folder)
+        path, content = checkpoint.newest(self.folder)
+        if path is None:
+            return {}
+        if content and content["settings"] == self.settings:
+            os.replace(path, self.folder / checkpoint.NEWEST)  # if it is the one before, a broken one has to go
+            return content
+        if self.args.overwrite:
+            remove_checkpoints(self.folder)
+            return {}
+        problem = "that was cut off, but none of its checkpoints is whole"
+        if content:
+            other = differences(content["settings"], self.settings)
+            problem = f"that was cut off at step {content['step']} with other settings: {other}; as it was, it goes on"
+        raise UserError(f"--out {self.folder} holds a run {problem}; give another folder, or --overwrite to begin anew")
+
+    def clear(self):
+        """Leaves in the folder what was there when the checkpoint was written; nothing without one."""
         for name in ("eval.json", "completions.jsonl"):
             (self.folder / name).unlink(missing_ok=True)
         for path in (self.folder / "model", *self.folder.glob("*.unfinished")):
@@ -249,8 +282,12 @@ class Run:
         self.append("samples.jsonl", row)
 
     def append(self, name, row):
+        try:
+            line = to_json(row) + "\n"
+        except ValueError:
+            raise UserError(f"{name}: a number in {row} is not finite; try a lower --lr") from None
         with self.writing(), (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(to_json(row) + "\n")
+            file.write(line)
 
     def checkpoint(self, **content):
         """Writes a checkpoint, with these settings and the length of the logs (checkpoint.Progress calls it)."""
@@ -276,24 +313,37 @@ class Run:
             for path in (*unfinished.iterdir(), unfinished):
                 flush(path)
             os.replace(unfinished, self.folder / "model")
+            flush(self.folder)
 
     def finish(self, **results):
         """eval.json, the last file; from then on the run is finished and needs no checkpoint."""
-        import checkpoint
-
         with self.writing():
             write_whole(self.folder / "eval.json", to_json(results, indent=2))
-            checkpoint.remove(self.folder)
+            remove_checkpoints(self.folder)
         unlock(self.folder)
         shown = [f"{name} {results[name]:.5g}" for name in SUMMARY if results.get(name) is not None]
         print(f"{self.folder}: {', '.join(shown)}")
 
 
+def remove_checkpoints(folder):
+    for path in folder.glob("checkpoint*.pt"):
+        path.unlink()
+
+
+def fingerprint(value):
+    """A number that tells whether a model's weights, a tensor, bytes, or lists of numbers are the same as before."""
+    if isinstance(value, bytes):
+        return zlib.crc32(value)
+    if hasattr(value, "state_dict"):
+        return zlib.crc32(repr([fingerprint(weight) for weight in value.parameters()]).encode())
+    return zlib.crc32(value.detach().cpu().numpy().tobytes() if hasattr(value, "detach") else repr(value).encode())
+
+
 def differences(saved, now):
     """Two dicts of settings -> what is not the same, in words."""
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    return ", ".join(f"{name} has changed" if name.endswith(".py") else
-                     f"{name} was {saved.get(name, 'not there')}, is {now.get(name, 'not there')}" for name in names)
+    return ", ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" if name.startswith("--") else
+                     f"{name} has changed" for name in names)
 
 
 LOCKS = {}  # folder -> its open descriptor, for as long as this process is at work in it

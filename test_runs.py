@@ -726,6 +726,9 @@ BAD_FLAGS = [
     ("reward", ["--completion-len", 119], "--completion-len = 129 tokens, but the policy has 128 positions"),
     ("reward", ["--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
     ("reward", ["--positive-label", "good"], "cannot tell which of the labels LABEL_0, LABEL_1 is good"),
+    ("dpo", ["--beta", 1e39], "argument --beta: 1e+39 is too large"),
+    ("reinforce", ["--lr", "inf"], "argument --lr: inf is too large"),
+    ("dpo", ["--batch-size", 10**20], "argument --batch-size: 100000000000000000000 is too large"),
     ("reward", ["--speed", 3], "unrecognized arguments: --speed 3"),
 ]
 
