@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import checkpoint
 import dpo
 import reinforce
 import reward
@@ -214,7 +215,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(world, tmp_path, monk
     for i in renames:
         source, target = done[i]
         if target != "checkpoint-before.pt" and source != target:
-            assert (source,) in done[:i] and ("run",) in done[i:], target
+            assert (source,) in done[:i] and done[i + 1] == ("run",), target
         if source == "checkpoint.pt.unfinished":
             assert ("metrics.jsonl",) in done[i - 5 : i] and ("samples.jsonl",) in done[i - 5 : i]
     before = done[: done.index(("model.unfinished", "model"))]
@@ -535,6 +536,19 @@ def test_a_full_disk_stops_the_run_in_a_line_and_the_same_command_goes_on(world,
     assert "Traceback" not in said and not (folder / "eval.json").exists()
     assert finish(script, argv, folder) == 0, log_of(folder)
     assert outcome(folder) == whole[script][0]
+
+
+def test_a_full_disk_is_seen_through_pytorchs_own_words(tmp_path, monkeypatch):
+    def full(content, file):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4672 vs 4566")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.write(tmp_path, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(world, whole, tmp_path):
