@@ -265,8 +265,9 @@ class Run:
         """Leaves in the folder what was there when the checkpoint was written; nothing without one."""
         for name in ("eval.json", "completions.jsonl"):
             (self.folder / name).unlink(missing_ok=True)
-        for path in (self.folder / "model", *self.folder.glob("*.unfinished")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in (self.folder / "model", self.folder / "model.unfinished"):
+            if path.exists():
+                shutil.rmtree(path)
         for name in LOGS:  # what was logged after the checkpoint will be logged again
             if length := self.saved.get("lengths", {}).get(name):
                 os.truncate(self.folder / name, length)

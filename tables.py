@@ -148,8 +148,9 @@ def unfinished(found, expected, make, folder):
 
 
 def made_with(found):
-    """Devices, precisions, versions and commits of the runs, each once."""
-    things = {(0, run.about.get("device")) for run in found} | {(1, run.about.get("precision")) for run in found}
+    """Hardware, precisions, versions and commits of the runs, each once."""
+    things = {(0, run.about.get("hardware") or run.about.get("device")) for run in found}
+    things |= {(1, run.about.get("precision")) for run in found}
     for name in ("torch", "transformers"):
         things |= {(2, f"{name} {run.about['versions'][name]}") for run in found if "versions" in run.about}
     commits = [re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}", r"\1", run.about.get("commit") or "") for run in found]

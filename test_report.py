@@ -171,7 +171,8 @@ def write_run(folder, reward, kl, text, flags, logp=-2.0, metrics=(), **results)
     """A finished run: 20 completions that end in `text`, whose log-prob a token is `logp` and a little around it."""
     folder.mkdir(parents=True)
     given = {"policy": "distilgpt2", "reference": "distilgpt2", "seed": 0, "samples_per_prompt": 1, **flags}
-    about = {"flags": given, "device": "cpu", "precision": "fp32", "versions": {"torch": "2", "transformers": "5"}}
+    about = {"flags": given, "device": "cpu", "hardware": "EPYC, 2 threads", "precision": "fp32"}
+    about["versions"] = {"torch": "2", "transformers": "5"}
     (folder / "config.json").write_text(json.dumps(about))
     k = given["samples_per_prompt"]
     rows = [{"number": i // k, "prompt": f"I saw {i // k}", "completion": f" {text} {i % 7}", "reward": (i % 8) / 8,
@@ -393,6 +394,7 @@ def test_settings_are_said(folder):
     row = cells(section(folder, "How they were made"), "`loo-0.02`")
     found = [row[key] for key in ("advantage", "lr", "steps", "seed", "precision")]
     assert found == ["loo", "0.0001", "8", "0", "fp32"]
+    assert "Made with EPYC, 2 threads, fp32, torch 2, transformers 5." in section(folder, "How they were made")
 
 
 def test_what_is_broken_or_unfinished_is_said(folder, capsys):
