@@ -1,6 +1,7 @@
 """What comes from outside: models and data sets, from the hub or a local folder. Whatever is wrong becomes one line."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -31,6 +32,8 @@ def loading(flag, name, kind):
         reason, advice = " ".join(str(error).split())[:300] or type(error).__name__, ""
         if "SafetensorError" in (type(error).__name__, type(error.__cause__).__name__):
             advice = ": model.safetensors is cut off or broken, copy or download it anew"
+        elif isinstance(error, UnicodeError):
+            advice = ": save its files as UTF-8"
         elif isinstance(error, OSError) and not folder:  # other errors: it was found, but is wrong
             offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
             variable = "POLICY" if flag == "--reference" else flag.removeprefix("--").upper().replace("-", "_")
@@ -60,12 +63,35 @@ def load_columns(flag, name, split, columns):
             raise UserError(f"{flag} {name}, split {split}, has no column {column!r}; it has {has}")
     with loading(flag, name, "a data set"):
         texts = [splits[split][column][:] for column in columns]
+        rows = json_rows(name, split)
     for column, values in zip(columns, texts, strict=True):
-        for row, value in enumerate(values):
+        given = [row.get(column) for row in rows] if len(rows) == len(values) else values
+        for row, value in enumerate(given):
             if not isinstance(value, str):
+                kind = "not a text" + (", but missing (so is an empty cell of a csv file)" if value is None else "")
                 where = f"split {split}, row {row}, column {column}"
-                raise UserError(f"{flag} {name}, {where}: {repr(value)[:80]} is not a text")
+                raise UserError(f"{flag} {name}, {where}: {repr(value)[:80]} is {kind}; rows count from 0")
         if odd := [row for row, value in enumerate(values) if CONTROL.search(value)]:
             where = f"split {split}, column {column}: {len(odd)} texts, the first in row {odd[0]}"
             print(f"{flag} {name}, {where}, hold control characters and are taken as they stand")
     return texts
+
+
+def json_rows(name, split):
+    """The rows of a local folder's .json or .jsonl files as they were written; [] for any other data.
+
+    datasets gives all splits the types of the first rows: where those are texts, a later 42 would become "42".
+    """
+    import datasets
+
+    rows = []
+    for path in datasets.load_dataset_builder(name).config.data_files[split] if Path(name).is_dir() else ():
+        if not path.endswith((".json", ".jsonl")):
+            return []
+        text = Path(path).read_text(encoding="utf-8-sig")
+        try:
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]
+        except ValueError:  # not an object a line, but one value
+            found = [json.loads(text)]
+        rows += found[0] if isinstance(found[0], list) else found
+    return rows

@@ -47,7 +47,7 @@ def launch(main):
     except UserError as error:
         message, code = f"{name}: error: {error}", 1
     except KeyboardInterrupt as error:
-        message = f"{name}: interrupted; what is finished is kept, the same command goes on"
+        message = f"{name}: interrupted; call it again: what is finished is kept, training goes on from its checkpoint"
         code = 128 + (error.args[0] if error.args else signal.SIGINT)
     except OSError as error:
         if not error.strerror:
@@ -168,7 +168,7 @@ def training_flags(flags, batch_size, lr, epochs):
 
 
 class Run:
-    """One run's folder. Making a Run writes nothing: it only refuses a folder that must be left alone.
+    """One run's folder. Making a Run only refuses a folder that must be left alone.
 
     saved: the checkpoint that the run goes on from; {} for a new run.
     """
@@ -188,7 +188,7 @@ class Run:
             if not isinstance(error, OSError) and not rust:
                 raise
             reason = getattr(error, "strerror", None) or error
-            kept = "; what was finished is kept, the same command goes on" if self.folder.is_dir() else ""
+            kept = "; what is there is kept, call it again once that is mended" if self.folder.is_dir() else ""
             raise UserError(f"--out {self.folder} cannot be written: {reason}{kept}") from error
 
     def check(self):
@@ -239,7 +239,10 @@ class Run:
                 earlier = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
                 again = {"step": self.saved["step"], **{key: about[key] for key in ("versions", "hardware", "commit")}}
                 about = {**earlier, "flags": flags, "continued": [*earlier.get("continued", []), again]}
-                print(f"{self.folder}: goes on after step {self.saved['step']}")
+                last = about["continued"][-2] if len(about["continued"]) > 1 else earlier
+                other = " and ".join(key for key in ("hardware", "versions") if again[key] != last.get(key))
+                note = f", with other {other} than before: last digits may differ" if other else ""
+                print(f"{self.folder}: goes on after step {self.saved['step']}{note}")
             write_whole(self.folder / "config.json", to_json(about, indent=2))
 
     def choose(self):
@@ -255,11 +258,12 @@ class Run:
         if self.args.overwrite:
             remove_checkpoints(self.folder)
             return {}
-        problem = "that was cut off, but none of its checkpoints is whole"
+        problem = "and none of its checkpoints is whole"
         if content:
             other = differences(content["settings"], self.settings)
-            problem = f"that was cut off at step {content['step']} with other settings: {other}; as it was, it goes on"
-        raise UserError(f"--out {self.folder} holds a run {problem}; give another folder, or --overwrite to begin anew")
+            problem = f"at step {content['step']}, but now {other}. To go on, undo that"
+        anew = "to begin anew, give --overwrite or another folder (to make: FLAGS=--overwrite, RUNS=FOLDER)"
+        raise UserError(f"--out {self.folder}: its run was cut off {problem}; {anew}")
 
     def clear(self):
         """Leaves in the folder what was there when the checkpoint was written; nothing without one."""
@@ -343,7 +347,7 @@ def fingerprint(value):
 def differences(saved, now):
     """Two dicts of settings -> what is not the same, in words."""
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    return ", ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" if name.startswith("--") else
+    return ", ".join(f"{name} is {now.get(name)}, was {saved.get(name)}" if name.startswith("--") else
                      f"{name} has changed" for name in names)
 
 

@@ -673,8 +673,9 @@ def test_a_number_that_is_not_finite_stops_with_its_step_and_the_first_cause(lay
         with pytest.raises(common.UserError, match=message):
             common.checked_grad_norm(step, values, layer)
     layer.weight.grad[0, 1] = math.inf
-    with pytest.raises(common.UserError, match="step 7: the gradient's norm is inf"):
-        common.checked_grad_norm(7, {"loss": fine}, layer)
+    for loss, message in ((fine, "step 7: the gradient's norm is inf"), (nan, "step 7: the loss is nan")):
+        with pytest.raises(common.UserError, match=message):
+            common.checked_grad_norm(7, {"loss": loss}, layer)
 
 
 @pytest.mark.parametrize(("max_norm", "gradient"), [(None, (75, 100)), (200, (75, 100)), (12.5, (7.5, 10))])

@@ -222,6 +222,8 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(world, tmp_path, monk
     assert ("model.safetensors",) in before and ("tokenizer.json",) in before
 
 
+INTERRUPTED = "interrupted; call it again: what is finished is kept, training goes on from its checkpoint"
+
 # ---- stopped -----------------------------------------------------------------------------------------------
 
 
@@ -250,7 +252,7 @@ def test_stopped_by_ctrl_c_or_sigterm_a_run_finishes_its_step_and_goes_on(world,
     assert finish(script, argv, folder, (stop_in_step, 5, number)) == 128 + number
     said = log_of(folder)
     assert "stopping after this step" in said and said.count("Traceback") == 0
-    assert said.splitlines()[-1] == f"{script}.py: interrupted; what is finished is kept, the same command goes on"
+    assert said.splitlines()[-1] == f"{script}.py: {INTERRUPTED}"
     assert [row["step"] for row in rows_of(folder / "metrics.jsonl") if "step" in row] == [1, 2, 3, 4, 5]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 5
     assert finish(script, argv, folder) == 0
@@ -258,6 +260,18 @@ def test_stopped_by_ctrl_c_or_sigterm_a_run_finishes_its_step_and_goes_on(world,
     assert outcome(folder) == whole[script][0]
     about = json.loads((folder / "config.json").read_text())
     assert [again["step"] for again in about["continued"]] == [5]
+
+
+def test_a_run_that_goes_on_with_other_hardware_or_versions_says_so(cut_off, capsys, monkeypatch):
+    folder, argv = cut_off("reinforce", 8)
+    cut_off("reinforce", 8)
+    assert "goes on after step 6\n" in capsys.readouterr().out
+    monkeypatch.setattr(runs, "hardware", lambda device: "abacus, 10 threads")
+    call("reinforce", *argv)
+    expected = "goes on after step 6, with other hardware than before: last digits may differ\n"
+    assert expected in capsys.readouterr().out
+    continued = json.loads((folder / "config.json").read_text())["continued"]
+    assert [again["hardware"] == "abacus, 10 threads" for again in continued] == [False, True]
 
 
 def test_a_second_ctrl_c_stops_at_once(world, whole, tmp_path):
@@ -291,6 +305,21 @@ def stop_in_write(step):
         save(content, file)
 
     torch.save = saving
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_its_evaluation_a_run_says_so_and_goes_on(world, whole, tmp_path, number):
+    folder = tmp_path / "run"
+    argv = small(world, "dpo", folder)
+    assert finish("dpo", argv, folder, (stop_in_evaluation, number)) == 128 + number
+    assert log_of(folder).splitlines()[-1] == f"dpo.py: {INTERRUPTED}"
+    assert finish("dpo", argv, folder) == 0
+    assert "goes on after step 12" in log_of(folder) and outcome(folder) == whole["dpo"][0]
+
+
+def stop_in_evaluation(number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    runs.Run.completions = lambda run, rows: os.kill(os.getpid(), number)
 
 
 def test_a_signal_after_the_last_step_is_not_lost(world, whole, tmp_path):
@@ -405,7 +434,7 @@ def test_without_a_whole_checkpoint_nothing_is_removed_unasked(whole, cut_off, c
         path.write_bytes(b"not a checkpoint")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     said = refusal("reinforce", *argv, capsys=capsys)
-    assert "cut off, but none of its checkpoints is whole; give another folder, or --overwrite to begin anew" in said
+    assert "its run was cut off and none of its checkpoints is whole; to begin anew, give --overwrite or" in said
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
     call("reinforce", *argv, "--overwrite")
     assert "goes on" not in capsys.readouterr().out and outcome(folder) == whole["reinforce"][0]
@@ -428,13 +457,13 @@ def test_other_settings_do_not_go_on(world, cut_off, tmp_path, capsys, monkeypat
     folder, argv = cut_off("reinforce", 5)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     said = refusal("reinforce", *argv, "--alpha", 0.2, "--lr", 0.5, capsys=capsys)
-    assert "holds a run that was cut off at step 3 with other settings: --" in said
-    assert "--lr was 0.01, is 0.5" in said and "--alpha was 0.1, is 0.2" in said and "--seed" not in said
+    assert "its run was cut off at step 3, but now --" in said and "To go on, undo that; to begin anew, give" in said
+    assert "--lr is 0.5, was 0.01" in said and "--alpha is 0.2, was 0.1" in said and "--seed" not in said
     monkeypatch.setattr(runs, "CODE", ("common.py", "fast.py", "dpo.py"))  # as if there had been no reward.py
     assert "reward.py has changed" in refusal("reinforce", *argv, capsys=capsys)
     monkeypatch.undo()
     monkeypatch.setattr(reinforce, "pick_device", lambda *_: (torch.device("cpu"), "bf16"))
-    assert "--precision was fp32, is bf16" in refusal("reinforce", *argv, capsys=capsys)
+    assert "--precision is bf16, was fp32" in refusal("reinforce", *argv, capsys=capsys)
     monkeypatch.undo()
     assert before == {path: path.read_bytes() for path in folder.iterdir()}  # all this has touched nothing
     call("reinforce", *argv, "--alpha", 0.2, "--overwrite")
@@ -463,7 +492,7 @@ def test_other_inputs_under_the_same_name_do_not_go_on(world, cut_off, tmp_path,
     (other / data / "train.jsonl").write_text(text.replace("the", "The"))
     change(other / "policy" / "config.json", n_layer=1)
     said = refusal(script, *argv, capsys=capsys)
-    assert f"with other settings: policy has changed, {data} has changed; as it was, it goes on; give" in said
+    assert f"but now policy has changed, {data} has changed. To go on, undo that; to begin" in said
     call(script, *argv, "--overwrite")
     assert "goes on" not in capsys.readouterr().out and (folder / "eval.json").exists()
 
@@ -599,7 +628,7 @@ def test_a_disk_that_fails_while_the_tokenizer_is_saved(world, tmp_path, capsys,
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
     said = refusal("reinforce", *small(world, "reinforce", tmp_path / "run"), capsys=capsys)
-    assert "cannot be written: No space left on device (os error 28); what was finished is kept" in said
+    assert "cannot be written: No space left on device (os error 28); what is there is kept" in said
 
 
 def test_a_folder_without_permission_is_refused_before_anything_is_loaded(world, tmp_path, capsys, monkeypatch):
@@ -672,11 +701,12 @@ def test_a_classifier_that_gives_nan_is_named(world, tmp_path, capsys, monkeypat
     assert "step 1: the reward is nan; the weights were not touched; what was loaded, or a flag, is at fault" in said
 
 
-def test_max_grad_norm_is_used_and_the_norm_is_logged_as_it_was(world, whole, tmp_path):
-    argv = small(world, "dpo", tmp_path / "run", "--max-grad-norm", 1e-3)
-    call("dpo", *argv)
+@pytest.mark.parametrize("script", SMALL)
+def test_max_grad_norm_is_used_and_the_norm_is_logged_as_it_was(world, whole, tmp_path, script):
+    argv = small(world, script, tmp_path / "run", "--max-grad-norm", 1e-3)
+    call(script, *argv)
     plain, shortened = ([row for row in rows if "step" in row] for rows in
-                        (whole["dpo"][0]["metrics.jsonl"], rows_of(tmp_path / "run" / "metrics.jsonl")))
+                        (whole[script][0]["metrics.jsonl"], rows_of(tmp_path / "run" / "metrics.jsonl")))
     assert shortened[0]["grad_norm"] == plain[0]["grad_norm"] > 1e-3
     assert shortened[-1]["loss"] != plain[-1]["loss"]
 

@@ -21,6 +21,7 @@ import common
 import dpo
 import fast
 import grammar
+import inputs
 import reinforce
 import report
 import reward
@@ -413,10 +414,13 @@ NO_TEXTS = [  # what stands in row 2 of a column, and how it is named
 @pytest.mark.parametrize(("value", "shown"), NO_TEXTS)
 @pytest.mark.parametrize("script", ["reward", "dpo"])
 def test_what_is_no_text_is_refused_by_row_and_column(world, tmp_path, capsys, script, value, shown):
+    """In the test split, too, after a train split whose texts make the library turn numbers into texts."""
     kind, column = {"reward": ("prompts", "text"), "dpo": ("pairs", "negative_completion")}[script]
-    rows = [pair(n) | {"text": f"Film {n}"} for n in range(4)]
-    rows[2][column] = value
-    toy.save_rows(tmp_path / "data", train=rows, test=rows)
+    texts = [pair(n) | {"text": f"Film {n}"} for n in range(4)]
+    rows = [*texts[:2], texts[2] | {column: value}, texts[3]]
+    if script == "dpo":
+        texts, rows = rows, texts
+    toy.save_rows(tmp_path / "data", train=texts, test=rows)
     said = refusal(script, *flags(world, script, tmp_path / "run", **{kind: tmp_path / "data"}), capsys=capsys)
     split = {"reward": "test", "dpo": "train"}[script]
     assert f"--{kind} {tmp_path}/data, split {split}, row 2, column {column}: {shown} is not a text" in said
@@ -426,7 +430,7 @@ def test_what_is_no_text_is_refused_by_row_and_column(world, tmp_path, capsys, s
 BROKEN_FILES = [  # content of test.jsonl or test.csv, and what the one line must say of it
     ("jsonl", b'{"text": "a"}\n{"text": "b\n', "Invalid encoding in string. in row 1"),
     ("jsonl", b'{"text": "a\\ud800"}\n', "surrogate pair in string is invalid. in row 0"),
-    ("jsonl", b'{"text": "a\xff"}\n', "can't decode byte 0xff"),
+    ("jsonl", b'{"text": "a\xff"}\n', "as a data set: save its files as UTF-8 ('utf-8' codec can't decode"),
     ("csv", b'text,label\n"a,1\nb,2\n', "EOF inside string starting at row 1"),
 ]
 
@@ -437,6 +441,25 @@ def test_a_broken_data_file_is_refused_with_its_row(world, tmp_path, capsys, end
     (tmp_path / "data" / f"test.{ending}").write_bytes(content)
     said = refusal("reward", *flags(world, "reward", tmp_path / "run", prompts=tmp_path / "data"), capsys=capsys)
     assert f"--prompts {tmp_path}/data cannot be loaded as a data set" in said and reason in said
+
+
+def test_an_empty_cell_of_a_csv_file_is_named(world, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.csv").write_text("text,label\na film,1\n,0\n")
+    said = refusal("reward", *flags(world, "reward", tmp_path / "run", prompts=tmp_path / "data"), capsys=capsys)
+    assert "row 1, column text: None is not a text, but missing (so is an empty cell of a csv file); rows count" in said
+
+
+def test_json_rows_are_those_of_the_file_however_it_is_written(tmp_path):
+    rows = [{"text": "a\u2028b"}, {"text": "c"}]
+    for name, text in (("a", "\n".join(map(json.dumps, rows))), ("b", json.dumps(rows)),
+                       ("c", "\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json").write_text(text, encoding="utf-8")
+        assert inputs.json_rows(str(tmp_path / name), "test") == rows
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "test.csv").write_text("text\na\n")
+    assert inputs.json_rows(str(tmp_path / "d"), "test") == inputs.json_rows("stanfordnlp/imdb", "test") == []
 
 
 def test_control_characters_in_a_message_do_not_reach_the_terminal(world, tmp_path, capsys):
