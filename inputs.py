@@ -72,7 +72,7 @@ def load_columns(flag, name, split, columns):
                 where = f"split {split}, row {row}, column {column}"
                 raise UserError(f"{flag} {name}, {where}: {repr(value)[:80]} is {kind}; rows count from 0")
         if odd := [row for row, value in enumerate(values) if CONTROL.search(value)]:
-            where = f"split {split}, column {column}: {len(odd)} texts, the first in row {odd[0]}"
+            where = f"split {split}, column {column}: {len(odd)} of {len(values)} texts, the first in row {odd[0]}"
             print(f"{flag} {name}, {where}, hold control characters and are taken as they stand")
     return texts
 

@@ -389,7 +389,7 @@ def test_hostile_texts_are_trained_on_as_texts_and_shown_harmlessly(world, tmp_p
     call("dpo", *flags(here, "dpo", out / "beta-0.1", "--batch-size", 3, "--epochs", 1))
     said = capsys.readouterr()
     assert "train prompts: 7 of 9 reviews; 2 have fewer than 10 tokens" in said.out
-    assert "column text: 1 texts, the first in row 0, hold control characters" in said.out
+    assert "column text: 1 of 9 texts, the first in row 0, hold control characters" in said.out
     assert "train pairs: 7 of 9; 2 left out" in said.out
     report.main([str(out)])
     results = (out / "results.md").read_text()
