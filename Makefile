@@ -158,4 +158,4 @@ bench: | $(VENV) $(VENV:ready=ready-bench) ## speed and memory against the cours
 	$(PYTHON) bench.py $(FLAGS)
 
 clean: ## remove the environment, the world of the demo and caches; runs stay
-	rm -rf .venv build __pycache__ .pytest_cache .ruff_cache
+	rm -rf .venv build __pycache__ .hypothesis .pytest_cache .ruff_cache
