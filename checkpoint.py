@@ -15,7 +15,8 @@ import zipfile
 import torch
 from tqdm import tqdm
 
-from runs import flush, out_of_memory, plain
+from files import flush, plain
+from runs import UserError, out_of_memory
 
 NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 
@@ -148,3 +149,34 @@ def read(path):
         if not log.exists() or log.stat().st_size < length:
             raise ValueError(f"{name} is shorter than when it was written")
     return {key: content[key] for key in ("step", "settings", "lengths", "parts")}
+
+
+def choose(folder, settings, overwrite):
+    """-> the checkpoint to go on from, {} to begin anew; UserError if there is one, but not of these settings."""
+    path, content = newest(folder)
+    if path is None:
+        return {}
+    if content and content["settings"] == settings:
+        os.replace(path, folder / NEWEST)  # if it is the one before, a broken one has to go
+        return content
+    if overwrite:
+        remove(folder)
+        return {}
+    problem = "and none of its checkpoints is whole"
+    if content:
+        other = differences(content["settings"], settings)
+        problem = f"at step {content['step']}, but now {other}. To go on, undo that"
+    anew = "to begin anew, give --overwrite or another folder (to make: FLAGS=--overwrite, RUNS=FOLDER)"
+    raise UserError(f"--out {folder}: its run was cut off {problem}; {anew}")
+
+
+def differences(saved, now):
+    """Two dicts of settings -> what is not the same, in words."""
+    names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    return ", ".join(f"{name} is {now.get(name)}, was {saved.get(name)}" if name.startswith("--") else
+                     f"{name} has changed" for name in names)
+
+
+def remove(folder):
+    for name in (BEFORE, NEWEST):
+        (folder / name).unlink(missing_ok=True)

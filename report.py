@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+import files
 import measures
 import plot
 import runs
@@ -298,7 +299,7 @@ def fill_in(readme, folder, results):
         if not (folder / name).exists():
             raise runs.UserError(f"{readme} shows a figure {name}, for which {folder} has no runs")
     text = re.sub(rf"(<!-- (\S+) of {folder_name} -->)\n.*?<!-- end -->", newest, text, flags=re.DOTALL)
-    runs.write_whole(readme, text)
+    files.write_whole(readme, text)
     for name in shown:
         shutil.copyfile(folder / name, readme.parent / "figures" / f"{folder.name}-{name}")
 
@@ -328,7 +329,7 @@ def main(argv=None):
         lines += ["", *section]
     lines += ["## The same prompts, continued by every policy", *side_by_side(report.compared), *report.settings()]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
-    runs.write_whole(args.folder / "results.md", text)
+    files.write_whole(args.folder / "results.md", text)
     shown = [line for line in overview if not line.startswith("<!--")]
     print("\n".join([*shown, *side_by_side(report.compared, prompts=1)]))
     print(f"{args.folder / 'results.md'} has all of it, with the figures beside it")

@@ -8,18 +8,16 @@ Plain Python: importing this file loads no torch.
 import argparse
 import contextlib
 import ctypes
-import importlib.metadata
 import json
+import math
 import os
-import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import unicodedata
-import zlib
 from pathlib import Path
+
+from files import commit, fingerprint, flush, hardware, plain, to_json, versions, write_whole
 
 COURSE = {  # the names that the course uses on the model hub
     "policy": "distilgpt2",
@@ -81,11 +79,6 @@ def out_of_memory(error):
     """True if that is what it says, in the words of Python, PyTorch, CUDA or oneDNN."""
     said = "out of memory|n[o']t (allocate|enough) memory|bad_alloc|ALLOC_FAILED|create a primitive"
     return isinstance(error, MemoryError) or bool(re.search(said, str(error), re.IGNORECASE))
-
-
-def plain(text):
-    """The text less what a terminal or a page would obey: control characters, line ends, changes of direction."""
-    return "".join(" " if unicodedata.category(mark) in ("Cc", "Cf", "Zl", "Zp") else mark for mark in text).strip()
 
 
 def keep_memory():
@@ -211,7 +204,9 @@ class Run:
         if script != self.script:
             raise UserError(f"--out {folder} holds a run of {script}; give another folder")
         if (folder / "eval.json").exists():
-            remove_checkpoints(folder)  # left by a kill at the very end
+            import checkpoint  # here, because it loads torch
+
+            checkpoint.remove(folder)  # left by a kill at the very end
             if not self.args.overwrite:
                 raise UserError(f"--out {folder} holds a finished run; give another folder or --overwrite")
         inputs = [value for name, value in vars(self.args).items() if name in (*COURSE, "reference") and value]
@@ -223,6 +218,8 @@ class Run:
 
         loaded: by name, the models and data that the training depends on; a run goes on only with the same.
         """
+        import checkpoint  # here, because it loads torch
+
         with self.writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self.check()  # again: another process may have been faster
@@ -233,37 +230,22 @@ class Run:
             self.settings = {name: fingerprint(value) for name, value in {**sources, **loaded}.items()}
             self.settings |= {f"--{name.replace('_', '-')}": flags[name] for name in flags if name not in FREE}
             self.settings |= {"--device": device, "--precision": precision}
-            self.saved = self.choose()
+            self.saved = checkpoint.choose(self.folder, self.settings, self.args.overwrite)
             self.clear()
             if self.saved:
-                earlier = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-                again = {"step": self.saved["step"], **{key: about[key] for key in ("versions", "hardware", "commit")}}
-                about = {**earlier, "flags": flags, "continued": [*earlier.get("continued", []), again]}
-                last = about["continued"][-2] if len(about["continued"]) > 1 else earlier
-                other = " and ".join(key for key in ("hardware", "versions") if again[key] != last.get(key))
-                note = f", with other {other} than before: last digits may differ" if other else ""
-                print(f"{self.folder}: goes on after step {self.saved['step']}{note}")
+                about = self.continued(about)
             write_whole(self.folder / "config.json", to_json(about, indent=2))
 
-    def choose(self):
-        """-> the checkpoint to go on from, {} to begin anew; UserError if there is one, but not for this run."""
-        import checkpoint  # here, because it loads torch
-
-        path, content = checkpoint.newest(self.folder)
-        if path is None:
-            return {}
-        if content and content["settings"] == self.settings:
-            os.replace(path, self.folder / checkpoint.NEWEST)  # if it is the one before, a broken one has to go
-            return content
-        if self.args.overwrite:
-            remove_checkpoints(self.folder)
-            return {}
-        problem = "and none of its checkpoints is whole"
-        if content:
-            other = differences(content["settings"], self.settings)
-            problem = f"at step {content['step']}, but now {other}. To go on, undo that"
-        anew = "to begin anew, give --overwrite or another folder (to make: FLAGS=--overwrite, RUNS=FOLDER)"
-        raise UserError(f"--out {self.folder}: its run was cut off {problem}; {anew}")
+    def continued(self, about):
+        """config.json of a run that goes on: how it was begun and, in `continued`, each time that it went on."""
+        begun = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        before = begun.get("continued", [])
+        now = {"step": self.saved["step"], **{key: about[key] for key in ("versions", "hardware", "commit")}}
+        last = before[-1] if before else begun
+        other = " and ".join(key for key in ("hardware", "versions") if now[key] != last.get(key))
+        note = f", with other {other} than before: last digits may differ" if other else ""
+        print(f"{self.folder}: goes on after step {now['step']}{note}")
+        return {**begun, "flags": about["flags"], "continued": [*before, now]}
 
     def clear(self):
         """Leaves in the folder what was there when the checkpoint was written; nothing without one."""
@@ -287,12 +269,14 @@ class Run:
         self.append("samples.jsonl", row)
 
     def append(self, name, row):
-        try:
-            line = to_json(row) + "\n"
-        except ValueError:
-            raise UserError(f"{name}: a number in {row} is not finite; try a lower --lr") from None
+        """A run whose numbers are not finite stops here at the latest, so none of them is ever written."""
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                at = f"step {row['step']}" if "step" in row else f"epoch {row['epoch']}"
+                advice = "try a lower --lr" if row.get("step", row.get("epoch")) else "what was loaded is broken"
+                raise UserError(f"{at}: {key} is {value}; {advice}")
         with self.writing(), (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(line)
+            file.write(to_json(row) + "\n")
 
     def checkpoint(self, **content):
         """Writes a checkpoint, with these settings and the length of the logs (checkpoint.Progress calls it)."""
@@ -322,33 +306,14 @@ class Run:
 
     def finish(self, **results):
         """eval.json, the last file; from then on the run is finished and needs no checkpoint."""
+        import checkpoint
+
         with self.writing():
             write_whole(self.folder / "eval.json", to_json(results, indent=2))
-            remove_checkpoints(self.folder)
+            checkpoint.remove(self.folder)
         unlock(self.folder)
         shown = [f"{name} {results[name]:.5g}" for name in SUMMARY if results.get(name) is not None]
         print(f"{self.folder}: {', '.join(shown)}")
-
-
-def remove_checkpoints(folder):
-    for path in folder.glob("checkpoint*.pt"):
-        path.unlink()
-
-
-def fingerprint(value):
-    """A number that tells whether a model's weights, a tensor, bytes, or lists of numbers are the same as before."""
-    if isinstance(value, bytes):
-        return zlib.crc32(value)
-    if hasattr(value, "state_dict"):
-        return zlib.crc32(repr([fingerprint(weight) for weight in value.parameters()]).encode())
-    return zlib.crc32(value.detach().cpu().numpy().tobytes() if hasattr(value, "detach") else repr(value).encode())
-
-
-def differences(saved, now):
-    """Two dicts of settings -> what is not the same, in words."""
-    names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    return ", ".join(f"{name} is {now.get(name)}, was {saved.get(name)}" if name.startswith("--") else
-                     f"{name} has changed" for name in names)
 
 
 LOCKS = {}  # folder -> its open descriptor, for as long as this process is at work in it
@@ -373,61 +338,3 @@ def lock(folder):
 def unlock(folder):
     if folder.resolve() in LOCKS:
         os.close(LOCKS.pop(folder.resolve()))
-
-
-def to_json(value, **options):
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, **options)  # nan is no JSON
-
-
-def write_whole(path, text):
-    """A reader finds the old file or the new one, never half of it; after a power cut, too."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    flush(unfinished)
-    os.replace(unfinished, path)
-    flush(path.parent)
-
-
-def flush(path):
-    """Returns when a file's content, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_rows(path):
-    """The rows of a .jsonl file. A line that is no JSON object, as the last of a run cut off, is left out, aloud."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            with contextlib.suppress(ValueError, TypeError):
-                rows.append(dict(json.loads(line)))
-                continue
-            print(f"{path}, line {number} is cut off or broken: left out", file=sys.stderr)
-    return rows
-
-
-def versions():
-    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
-    return {**found, "python": platform.python_version()}
-
-
-def hardware(device):
-    """The processor's or GPU's name, and how many threads PyTorch uses: sums depend on both in their last digits."""
-    import torch
-
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return torch.cuda.get_device_name() if device == "cuda" else f"{name}, {torch.get_num_threads()} threads"
-
-
-def commit():
-    """The commit that this code is at, with -dirty if it was changed since; None where git can't tell."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    with contextlib.suppress(OSError):
-        found = subprocess.run(command, capture_output=True, text=True)
-        return found.stdout.strip() or None

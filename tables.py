@@ -8,8 +8,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+import files
 import runs
-from runs import plain
+from files import plain
 
 RESULTS = ("reward", "reward_se", "kl", "kl_se", "n", "samples")  # what an eval.json must have; DPO's more
 TESTED = ("test_loss", "test_accuracy", "test_margin")
@@ -25,7 +26,7 @@ class Run:
         self.about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.flags = self.about["flags"]
         self.k = self.flags.get("samples_per_prompt", 1)
-        self.metrics = runs.read_rows(folder / "metrics.jsonl")
+        self.metrics = files.read_rows(folder / "metrics.jsonl")
         self.result = None
         with contextlib.suppress(FileNotFoundError):
             self.result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
@@ -34,7 +35,7 @@ class Run:
 
     @functools.cached_property
     def completions(self):
-        return [row for row in runs.read_rows(self.folder / "completions.jsonl") if set(row) >= COMPLETION]
+        return [row for row in files.read_rows(self.folder / "completions.jsonl") if set(row) >= COMPLETION]
 
     @property
     def method(self):

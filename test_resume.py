@@ -24,6 +24,7 @@ import torch
 
 import checkpoint
 import dpo
+import files
 import reinforce
 import reward
 import runs
@@ -130,7 +131,7 @@ def die_at(number):
 
     def half_a_line(run, name, row):
         with (run.folder / name).open("a") as file:
-            file.write(runs.to_json(row)[:20])
+            file.write(files.to_json(row)[:20])
 
     def half_a_model(run, policy, tokenizer):
         policy.save_pretrained(run.folder / "model.unfinished")
@@ -501,8 +502,8 @@ def test_fingerprints_tell_apart_what_differs():
     weights = [torch.nn.Linear(2, 2) for _ in range(2)]
     pairs = [[dpo.Pair([1], [2], [3])], [dpo.Pair([1], [2, 3], [])]]
     values = [b"a", b"b", torch.tensor([[1, 2]]), torch.tensor([[1, 3]]), *weights, *pairs]
-    assert len({runs.fingerprint(value) for value in values}) == len(values)
-    assert runs.fingerprint(weights[0]) == runs.fingerprint(copy.deepcopy(weights[0]))
+    assert len({files.fingerprint(value) for value in values}) == len(values)
+    assert files.fingerprint(weights[0]) == files.fingerprint(copy.deepcopy(weights[0]))
 
 
 def test_a_finished_run_is_not_gone_on_from(whole, cut_off, capsys):

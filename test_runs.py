@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import common
 import dpo
 import fast
+import files
 import grammar
 import inputs
 import reinforce
@@ -45,7 +46,7 @@ def pair(n):
 @pytest.fixture(scope="session")
 def reviews(world):
     """The texts of the world's training reviews."""
-    return [row["text"] for row in runs.read_rows(world / "prompts" / "train.jsonl")]
+    return [row["text"] for row in files.read_rows(world / "prompts" / "train.jsonl")]
 
 
 def save_classifier(folder, reviews, labels):
@@ -75,7 +76,7 @@ def change(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-rows_of = runs.read_rows
+rows_of = files.read_rows
 
 
 def without_times(rows):

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import (DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel,
                           PreTrainedTokenizerFast)
 
+import files
 import grammar
 import runs
 from common import completion_logits, decode, encode, masked_sum, seeded, token_logps
@@ -163,7 +164,7 @@ def save_rows(folder, **splits):
     """Writes train.jsonl and test.jsonl: an object a line, as load_dataset(folder) reads them."""
     folder.mkdir(parents=True)
     for split, rows in splits.items():
-        text = "".join(runs.to_json(row) + "\n" for row in rows)
+        text = "".join(files.to_json(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
 
 
@@ -232,7 +233,7 @@ def main(argv=None):
         for path in unfinished.iterdir():  # of a world that was cut off
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         found = make_world(unfinished, seed=args.seed)
-        runs.write_whole(unfinished / "world.json", runs.to_json(found, indent=2))
+        files.write_whole(unfinished / "world.json", files.to_json(found, indent=2))
         os.replace(unfinished, args.out)  # a world is there whole or not at all
     except OSError as error:
         raise runs.UserError(f"--out {args.out} cannot be written: {error.strerror or error}") from None
