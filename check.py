@@ -1,0 +1,278 @@
+"""Says what is right and what is wrong in somebody's solution of the course, function by function.
+
+    make check SOLUTION=A3.py
+    python check.py A3.ipynb --json
+
+The functions are found by the course's names and called on cases known on paper (cases.py). A wrong answer is compared
+with what each usual mistake would give, and named after it. The file is not run as a whole (solution.py), but its
+functions are: a stranger's code runs with your rights, in a child process for each function, with a time limit. That
+stops accidents, not malice. Exit code 1: a judged function is wrong or raises; 2: the file cannot be read.
+"""
+
+import argparse
+import ast
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import signs
+import solution
+
+JUDGED = ("compute_reward_for_mini_batch", "compute_reinforce_loss", "compute_kl_divergence", "compute_DPO_loss",
+          "_get_batch_logps", "create_labels_from_attention_mask")
+NOT_JUDGED = ("evaluate", "train", "get_log_probs", "train_DPO")
+
+# What a mistake is, in a sentence; "function: mistake" where a function has its own.
+MEANING = {
+    "sign": "the sign is flipped: minimising it makes rewarded text *less* likely",
+    "compute_DPO_loss: sign": "the sign is flipped: minimising it makes the chosen text *less* likely",
+    "_get_batch_logps: sign": "the sign is flipped: these are minus the log-probabilities",
+    "no shift": "the forecasts are not shifted: those in column t are for token t + 1",
+    "logits shifted instead of targets": "shifted the wrong way: each token is looked up two forecasts too late",
+    "off by one at the prompt": "the border of prompt and completion is off by one",
+    "first eos dropped": "eos tokens are left out: the decision to stop is never trained (masks by `!= pad` do that)",
+    "padding kept": "padding is counted, where the mask should hide it",
+    "mask one column late": "the mask is one column late: it was made for tokens, and used on what is shifted by one",
+    "mask one column early": "the mask is one column early",
+    "prompt scored": "the prompt's tokens are scored, too: they must be -100",
+    "mean for sum": "a mean over the tokens, where log p(text) is the sum",
+    "sum for mean": "average_log_prob=True must divide by the number of tokens that count",
+    "mean over padding": "a mean over all columns, also those that do not count",
+    "reward broadcast over tokens": "shapes broadcast: each reward is multiplied with other rows' or tokens' log-probs",
+    "reward forgotten": "the reward is not in it",
+    "reward for negative text": "1 - reward: it trains towards negative text",
+    "gradient into the reward": "the reward keeps its graph, here and in train: detach it",
+    "KL reversed": "KL(original ‖ policy) instead of KL(policy ‖ original); F.kl_div's arguments are (q, p)",
+    "KL negated": "the KL is negated: minimising it drives the policy away",
+    "KL sampled and back-propagated": "log-ratios of the sampled tokens: the value is the KL on average, but the "
+                                      "gradient is not (for the plain log-ratio it is 0 on average)",
+    "KL without a gradient": "the penalty has no gradient: it changes nothing",
+    "without a gradient": "no gradient reaches the policy: it will not learn",
+    "another gradient": "the value is right, but its gradient is not that of the value",
+    "batchmean over the wrong axis": "summed over the rows and averaged over the positions",
+    "mean over the vocabulary, too": "averaged over the vocabulary, too: 50,257 times too small "
+                                     "(F.kl_div's reduction='mean')",
+    "chosen and rejected swapped": "chosen and rejected are swapped: it prefers what it should not",
+    "beta forgotten": "beta is not used",
+    "reference forgotten": "the reference's log-probs are not in it",
+    "log(sigmoid)": "log(sigmoid(x)) is -inf for a large negative x: use F.logsigmoid",
+    "log forgotten": "probabilities, where log-probabilities are needed",
+    "softmax forgotten": "raw logits, where a softmax is needed",
+    "softmax over the wrong axis": "the softmax is over another axis than the vocabulary's",
+    "softmax in bf16": "computed in half precision: log-probs are off by up to a nat on 100 tokens; use .float() first",
+    "misaligned gather": "forecasts and tokens that do not belong together: gather does not complain about an index "
+                         "that is shorter than its input",
+    "dropout on": "the model is in training mode: its forecasts are no longer those that were sampled from",
+    "greedy": "the most likely token each time, not a sample: do_sample=True",
+    "top-k left on": "only the likeliest words are drawn: generate(do_sample=True) keeps top_k=50 unless told top_k=0, "
+                     "so what is scored is not what was sampled from",
+    "temperature or top-p left on": "drawn from another distribution than softmax(logits)",
+    "length": "another number of tokens than 10 + 20",
+    "prompt": "the rows do not begin with the first 10 tokens of their reviews",
+}
+
+
+# ---- in the child ------------------------------------------------------------------------------------------
+
+
+def judged(read, name, path):
+    """-> {"status", "mistake", "expected", "got", "line", "notes"} of one function. Executes the solution's code."""
+    import cases
+    import standins
+
+    given = standins.given(name)
+    namespace, notes = solution.execute(read, given, path)
+    function, line = namespace.get(name), read.functions[name].node.lineno
+    try:
+        if name == "create_labels_from_attention_mask" and pads_right(read):
+            verdict = cases.judge_labels(function, namespace, "right")
+        else:
+            verdict = cases.JUDGES[name](function, namespace)
+        if name == "compute_reinforce_loss" and verdict.status == "right" and cases.NOT_DETACHED in verdict.notes:
+            nodes = {other: function.node for other, function in read.functions.items()}
+            if any(signs.kept_graph(nodes.get("train"), nodes.get("compute_reward_for_mini_batch"))):
+                verdict = verdict._replace(status="wrong", mistake="gradient into the reward")
+        found = verdict._asdict()
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = frames[-1].lineno if frames else line
+        found = raised(read, name, error, notes)
+    return {**found, "line": line, "notes": [*found["notes"]]}
+
+
+def raised(read, name, error, notes):
+    """The verdict on a function that raises; on one that is not finished, if that is why."""
+    text, said = read.functions[name].text, f"{type(error).__name__}: {error}"
+    empty = isinstance(error, (NameError, NotImplementedError)) or re.search("NoneType|ellipsis|returns None", said)
+    if "TODO" in text and empty:
+        return {"status": "missing", "mistake": None, "expected": None, "got": None, "notes": [f"still TODO ({said})"]}
+    if name == "_get_batch_logps" and isinstance(error, (IndexError, RuntimeError)) and "-100" in str(error):
+        notes = ["gather needs real indices: replace the labels of -100 by any token and mask their log-probs"]
+    return {"status": "raises", "mistake": None, "expected": None, "got": said, "notes": notes}
+
+
+def pads_right(read):
+    """True if the solution sets its tokenizer to pad on the right; the course's pads on the left."""
+    texts = [part.value for node in read.statements for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    return "right" in texts and "left" not in texts
+
+
+def work(path, name, answers):
+    """What a child does: judges one function, silently, and sends the answer."""
+    os.setsid()  # so that whatever it starts can be stopped with it
+    silence = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(silence, descriptor)
+    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != solution.HERE]
+    import standins
+
+    standins.no_accelerator()
+    try:
+        answer = judged(solution.read(path), name, path)
+    except BaseException as error:  # SystemExit, too: the solution's code may say anything
+        answer = failure(f"{type(error).__name__}: {error}")
+    answers.send(answer)
+
+
+def failure(said, line=None, notes=()):
+    return {"status": "raises", "mistake": None, "expected": None, "got": said, "line": line, "notes": [*notes]}
+
+
+# ---- here --------------------------------------------------------------------------------------------------
+
+
+def in_child(context, path, name, limit):
+    """judged(), in a child process that is stopped after `limit` seconds."""
+    receives, sends = context.Pipe(duplex=False)
+    child = context.Process(target=work, args=(path, name, sends), daemon=True)
+    child.start()
+    sends.close()
+    try:
+        return receives.recv() if receives.poll(limit) else failure(f"no answer within {limit:g} seconds")
+    except EOFError:
+        child.join()
+        return failure(f"its process ended without an answer (exit code {child.exitcode})")
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.join()
+
+
+def unfinished(function):
+    """True for a body of nothing but a docstring, pass, ... or NotImplementedError."""
+    body = [node for node in function.node.body
+            if not isinstance(node, ast.Pass) and not isinstance(getattr(node, "value", None), ast.Constant)]
+    return all(isinstance(node, ast.Raise) and "NotImplementedError" in ast.unparse(node) for node in body)
+
+
+def check(path, limit=60, judge=None):
+    """-> {name: verdict} for all of the course's functions. judge(name) -> verdict; by default in a child process."""
+    read = solution.read(path)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["check", "cases", "datasets", "matplotlib.pyplot"])
+    judge = judge or (lambda name: in_child(context, path, name, limit))
+    trouble = signs.of({name: function.node for name, function in read.functions.items()})
+    found = {}
+    for name in (*JUDGED, *NOT_JUDGED):
+        answer = {"status": "missing", "mistake": None, "expected": None, "got": None, "line": None, "notes": []}
+        unread = next((part for part in read.unread if name in part.functions), None)
+        if name in read.functions:
+            answer["line"] = read.functions[name].node.lineno
+            if unfinished(read.functions[name]):
+                answer["notes"] = ["still TODO: it has no body"]
+            elif name in JUDGED:
+                answer |= {key: value for key, value in judge(name).items() if value is not None}
+            else:
+                answer |= {"status": "not judged", "notes": [f"{sign} (line {line})" for line, sign in trouble[name]]}
+            cell = read.functions[name].cell
+        elif unread:
+            answer |= {"status": "raises", "line": unread.line}
+            answer["got"] = f"SyntaxError: {unread.message}: {unread.text}"
+            if "TODO" in unread.text:
+                answer |= {"status": "missing", "got": None, "notes": [f"still TODO: {unread.text}"]}
+            cell = unread.cell
+        if answer["line"] and cell:
+            answer["notes"] = [*answer["notes"], f"line {answer['line']} of code cell {cell}"]
+        found[name] = answer
+    return found, read.unread
+
+
+def sentence(name, verdict):
+    """What is wrong, in words."""
+    said = verdict["got"]
+    if verdict["status"] == "wrong":
+        mistakes = (verdict["mistake"] or "").split(" + ")
+        said = "; ".join(MEANING.get(f"{name}: {mistake}", MEANING.get(mistake, mistake)) for mistake in mistakes)
+        said = said or "it equals none of the usual mistakes"
+        said += ". Expected {}, got {}".format(*shown(verdict["expected"], verdict["got"]))
+    where = f" (line {verdict['line']})" if verdict["line"] and verdict["status"] in ("wrong", "raises") else ""
+    return f"{name}: {said}{where}"
+
+
+def shown(*values):
+    """-> each value as text; of lists what stands around the first place in which they differ."""
+    if all(isinstance(value, list) for value in values):
+        place = next((i for i, both in enumerate(zip(*values, strict=True)) if both[0] != both[1]), 0)
+        first = max(0, place - 2)
+        parts = [", ".join(f"{x:+.3f}" if isinstance(x, float) else str(x) for x in value[first : first + 8])
+                 for value in values]
+        return [f"[{'..., ' * (first > 0)}{part}{', ...' * (len(values[0]) > first + 8)}]" for part in parts]
+    return [f"{value:+.3f}" if isinstance(value, float) else str(value) for value in values]
+
+
+def report(path, found, unread):
+    """-> lines of text."""
+    width = max(map(len, found))
+    yield f"{path}"
+    yield ""
+    for name, verdict in found.items():
+        yield f"  {name:<{width}}  {verdict['status']:<10}  {verdict['mistake'] or ''}".rstrip()
+    for name, verdict in found.items():
+        if verdict["status"] in ("wrong", "raises"):
+            yield ""
+            yield sentence(name, verdict)
+        elif verdict["notes"]:
+            yield ""
+            yield f"{name}: {verdict['status']}"
+        yield from (f"    - {note}" for note in verdict["notes"])
+    for part in unread:
+        yield ""
+        where = f"code cell {part.cell}, line {part.line}" if part.cell else f"line {part.line}"
+        yield f"{where}: cannot be read, the rest was: {part.message}: {part.text}"
+    if all(verdict["status"] == "missing" for verdict in found.values()):
+        yield ""
+        yield "None of the course's functions is there: is this the right file?"
+
+
+def main(argv=None):
+    description, _, more = __doc__.partition("\n\n")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=more, formatter_class=style)
+    parser.add_argument("solution", type=Path, help="a .py export of the course's notebook, or the .ipynb itself")
+    parser.add_argument("--json", action="store_true", help="print the verdicts as one JSON object")
+    parser.add_argument("--limit", type=float, default=60, help="seconds that a function may take (%(default)s)")
+    args = parser.parse_args(argv)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                   "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}  # for the children
+    try:
+        found, unread = check(args.solution, args.limit)
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.solution}: {getattr(error, 'strerror', None) or error}")
+    if args.json:
+        print(json.dumps({"functions": found}, indent=1))
+    else:
+        print(*report(args.solution, found, unread), sep="\n")
+    return int(any(verdict["status"] in ("wrong", "raises") for verdict in found.values()))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("check.py: interrupted")

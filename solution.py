@@ -1,0 +1,248 @@
+"""Reads somebody's solution of the course, a .py export or the .ipynb itself, without running it.
+
+Of its top level only this is executed: imports, name by name, with a stand-in for what is not there; constants;
+definitions of functions and classes. No shell line, no download, no training, no plot. What these would have set
+(device, tokenizer, model) is given by the caller. A cell with a syntax error costs only the functions it is in.
+"""
+
+import __future__
+
+import ast
+import builtins
+import contextlib
+import importlib
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import MagicMock
+
+HERE = Path(__file__).parent
+SHELL = re.compile(r"\s*[!%?]|\s*[\w, ]+=\s*[!%]|.*\?\s*$")  # !pip install, %matplotlib, files = !ls, help?
+OTHER_LANGUAGE = re.compile(r"\s*%%(?!time|capture|prun)\w")  # %%bash, %%html, %%writefile: a whole cell
+START = re.compile(r"(async def|def|class|import|from) |@|# ?%%|# In\[")  # where a file can be torn
+DEVICE = re.compile(r"(cuda|mps)(:\d+)?")
+PLAIN = (ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.BinOp, ast.UnaryOp, ast.BoolOp,
+         ast.Compare, ast.IfExp, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.JoinedStr, ast.FormattedValue,
+         ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)  # a constant: nothing in it is called
+
+
+class Piece(NamedTuple):
+    """A file, or a cell of a notebook."""
+
+    text: str
+    line: int  # the number of its first line, in the file or in the cell
+    cell: int | None  # 1 is the notebook's first code cell
+
+
+class Function(NamedTuple):
+    node: ast.FunctionDef
+    text: str  # with its comments
+    cell: int | None
+
+
+class Unread(NamedTuple):
+    """Text with a syntax error."""
+
+    message: str
+    line: int
+    cell: int | None
+    text: str  # of that line
+    functions: dict  # name -> line of those that are lost with it
+
+
+class Solution(NamedTuple):
+    statements: list  # of the top level, those that can be read
+    functions: dict  # name -> Function; the last of that name, as in a notebook that is run from top to bottom
+    unread: list  # Unread
+
+
+# ---- text to statements ------------------------------------------------------------------------------------
+
+
+def pieces(path):
+    """-> list of Pieces; ValueError if the file is not what its name says."""
+    text = Path(path).read_text(encoding="utf-8-sig").replace("\r\n", "\n")
+    if Path(path).suffix != ".ipynb":
+        return [Piece(text, 1, None)]
+    try:
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        sources = ["".join(cell["source"]) for cell in cells]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"not a notebook that can be read (format 4): {type(error).__name__}: {error}") from None
+    return [Piece(source, 1, number) for number, source in enumerate(sources, 1) if not OTHER_LANGUAGE.match(source)]
+
+
+def parsed(piece):
+    """-> list of statements, None; or None, SyntaxError. Shell lines become `pass`, on the line where they were."""
+    lines = piece.text.split("\n")
+    while True:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # "\d" in a string that is not raw, and the like
+                return ast.parse("\n" * (piece.line - 1) + "\n".join(lines)).body, None
+        except SyntaxError as error:
+            row = (error.lineno or 0) - piece.line
+            if not 0 <= row < len(lines) or not SHELL.match(lines[row]):
+                return None, error
+            goes_on = lines[row].rstrip().endswith("\\")
+            lines[row] = re.match(r"\s*", lines[row]).group() + "pass"
+            while goes_on and row + 1 < len(lines):
+                row += 1
+                goes_on, lines[row] = lines[row].rstrip().endswith("\\"), ""
+        except ValueError as error:  # a nul byte
+            return None, SyntaxError(str(error), ("", piece.line, 0, ""))
+
+
+def torn(piece):
+    """-> list of Pieces of a piece with a syntax error: a new one at each definition, import or cell."""
+    lines, firsts = piece.text.split("\n"), [0]
+    for row, line in enumerate(lines):
+        if START.match(line) and not (row and lines[row - 1].startswith("@")):  # a decorator stays with its function
+            firsts.append(row)
+    ends = [*firsts[1:], len(lines)]
+    return [Piece("\n".join(lines[first:end]), piece.line + first, piece.cell)
+            for first, end in zip(firsts, ends, strict=True)]
+
+
+def read(path):
+    """-> Solution. Executes nothing. OSError, ValueError (UnicodeDecodeError is one) if the file can't be read."""
+    solution = Solution([], {}, [])
+    for piece in pieces(path):
+        statements, error = parsed(piece)
+        if not error:
+            take(solution, statements, piece)
+            continue
+        lost = {}
+        for part in torn(piece):
+            statements, own_error = parsed(part)
+            if own_error:
+                named = [(match[1], match.start()) for match in re.finditer(r"^def (\w+)", part.text, re.M)]
+                lost |= {name: part.line + part.text.count("\n", 0, start) for name, start in named}
+                error = own_error if named else error
+            else:
+                take(solution, statements, part)
+        row = (error.lineno or piece.line) - piece.line
+        text = "".join(piece.text.split("\n")[row : row + 1]).strip()
+        solution.unread.append(Unread(error.msg, row + piece.line, piece.cell, text, lost))
+    return solution
+
+
+def take(solution, statements, piece):
+    """Adds what is defined in these statements, also under `if`, `try` and `with`."""
+    lines = piece.text.split("\n")
+    for node in statements:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = "\n".join(lines[node.lineno - piece.line : node.end_lineno - piece.line + 1])
+            solution.functions[node.name] = Function(node, text, piece.cell)
+        if isinstance(node, (ast.If, ast.Try, ast.With)):
+            inner = [*node.body, *(s for handler in getattr(node, "handlers", []) for s in handler.body)]
+            take(solution, [*inner, *getattr(node, "orelse", []), *getattr(node, "finalbody", [])], piece)
+        else:
+            solution.statements.append(node)
+
+
+# ---- statements to a namespace -----------------------------------------------------------------------------
+
+
+class OnCPU(ast.NodeTransformer):
+    """"cuda" and "mps" become "cpu": the check needs no accelerator."""
+
+    def visit_Constant(self, node):
+        if isinstance(node.value, str) and DEVICE.fullmatch(node.value):
+            return ast.copy_location(ast.Constant("cpu"), node)
+        return node
+
+
+def execute(solution, given, path):
+    """-> namespace, notes. given: {name: stand-in}, which no statement of the solution replaces.
+
+    Functions keep their line numbers. notes: what was stood in for, or could not be defined.
+    """
+    namespace, notes = {"__name__": "solution", "__builtins__": builtins, **given}, []
+    for node in solution.statements:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for name, value in imported(node, notes):
+                namespace[name] = value
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            define(node, namespace, notes, path)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            if len(names) < len(targets) or any(name in given for name in names):
+                continue
+            if isinstance(node.value, ast.Lambda) or all(isinstance(part, PLAIN) for part in ast.walk(node.value)):
+                with contextlib.suppress(Exception):  # a name in it that nothing has set: so is this one
+                    run(node, namespace, path)
+            else:
+                namespace |= {name: given[role] for name in names if (role := role_of(name, node.value)) in given}
+    return namespace, notes
+
+
+def run(node, namespace, path):
+    module = ast.fix_missing_locations(ast.Module([OnCPU().visit(node)], []))
+    flags = __future__.annotations.compiler_flag  # a type that is not there must not keep a function from its test
+    exec(compile(module, str(path), "exec", flags=flags, dont_inherit=True), namespace)
+
+
+def define(node, namespace, notes, path):
+    """Defines a function or class; without decorators and defaults if these cannot be had."""
+    if isinstance(node, ast.ClassDef):  # its body is executed too, so keep only definitions and constants
+        node.body = [part for part in node.body if isinstance(part, (ast.FunctionDef, ast.Assign, ast.AnnAssign))
+                     and (isinstance(part, ast.FunctionDef) or all(isinstance(x, PLAIN) for x in ast.walk(part.value)))
+                     ] or [ast.Pass()]
+    try:
+        run(node, namespace, path)
+    except Exception as error:
+        notes.append(f"line {node.lineno}, {node.name}: {type(error).__name__}: {error}")
+        node.decorator_list = []
+        if isinstance(node, ast.FunctionDef):
+            node.args.defaults = [ast.Constant(None) for _ in node.args.defaults]
+            node.args.kw_defaults = [default and ast.Constant(None) for default in node.args.kw_defaults]
+        with contextlib.suppress(Exception):
+            run(node, namespace, path)
+
+
+def imported(node, notes):
+    """Yields name, value of an import statement; a stand-in for a module or a name that is not there."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            whole, top = module(alias.name, notes), alias.name.partition(".")[0]
+            yield (alias.asname, whole) if alias.asname else (top, module(top, []))
+        return
+    source = module("." * node.level + (node.module or ""), notes)
+    for alias in node.names:
+        if alias.name == "*":
+            public = getattr(source, "__all__", [name for name in dir(source) if not name.startswith("_")])
+            yield from ((name, getattr(source, name)) for name in public if hasattr(source, name))
+        elif hasattr(source, alias.name):
+            yield alias.asname or alias.name, getattr(source, alias.name)
+        else:
+            inner = module(f"{node.module}.{alias.name}", notes)
+            yield alias.asname or alias.name, inner
+
+
+def module(name, notes):
+    """The installed module of that name, else a stand-in. This project's own files are not what was meant."""
+    with contextlib.suppress(Exception, SystemExit):
+        found = importlib.import_module(name)
+        if Path(getattr(found, "__file__", None) or "/").parent != HERE:
+            return found
+    notes.append(f"{name} is not installed, or gone from its library: stood in for")
+    return MagicMock(name=name)
+
+
+def role_of(name, value):
+    """A top-level name and the call that would have set it -> which of the caller's stand-ins it gets, or None."""
+    used = [part.id if isinstance(part, ast.Name) else part.attr for part in ast.walk(value)
+            if isinstance(part, (ast.Name, ast.Attribute))]
+    texts = [part.value for part in ast.walk(value) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    about = " ".join([name, *texts]).lower()
+    judges = re.search("reward|sentiment|classif|score", about)
+    if any("Tokenizer" in word for word in used):
+        return "reward_tokenizer" if judges else "tokenizer"
+    if any("SequenceClassification" in word for word in used):
+        return "reward_model"
+    if any(re.search("CausalLM|LMHeadModel|deepcopy", word) for word in used):
+        return "orig_model" if re.search("orig|ref|base|init|old|frozen", name.lower()) else "model"
+    return "device" if "device" in used or "is_available" in used else None
