@@ -35,9 +35,9 @@ def span(first, last, ahead=1):
     return tokens - ahead, tokens
 
 
-def paired(tokens, start=0):
+def paired(tokens):
     """What `gather` does to an index that is shorter than its input: the first forecasts for the last tokens."""
-    return torch.arange(start, start + LENGTH - tokens), torch.arange(tokens, LENGTH)
+    return torch.arange(LENGTH - tokens), torch.arange(tokens, LENGTH)
 
 
 SPANS = [
@@ -48,7 +48,7 @@ SPANS = [
     *(wrong("logits shifted instead of targets", span(first, 28, -1)) for first in (10, 9, 0)),
     *(wrong("off by one at the prompt", span(first, 29)) for first in (9, 11)),
     *(wrong("misaligned gather", pair)
-      for pair in (paired(10), paired(11), paired(9), paired(10, 10))),
+      for pair in (paired(10), paired(11), paired(9))),
 ]
 KINDS = [
     right("log"),
@@ -274,9 +274,7 @@ RATIOS = [
     wrong("reference forgotten", lambda pc, pr, rc, rr: (pc, pr)),
     wrong("policy forgotten", lambda pc, pr, rc, rr: (rc, rr)),
     wrong("reference added", lambda pc, pr, rc, rr: (pc + rc, pr + rr)),
-    wrong("reference of the wrong side", lambda pc, pr, rc, rr: (pc - rr, pr - rc)),
     wrong("rejected forgotten", lambda pc, pr, rc, rr: (pc - rc, 0 * pr)),
-    wrong("policy and reference swapped", lambda pc, pr, rc, rr: (rc - pc, rr - pr)),
     wrong("log-probs divided, not subtracted", lambda pc, pr, rc, rr: (pc / rc, pr / rr)),
 ]
 BETAS = [
@@ -406,7 +404,7 @@ def judge_batch_logps(function, given):
 PROMPTS = [
     right("own"),
     wrong("prompt scored", "none"),
-    wrong("prompt counted from the row's start, where the padding is", "start"),
+    wrong("prompt counted from the row's start", "start"),
     wrong("off by one at the prompt", "short"),
     wrong("off by one at the prompt", "long"),
     wrong("the completion is hidden instead of the prompt", "inverse"),
@@ -431,12 +429,13 @@ def tokenized(side):
 def predict_labels(side, prompt, keep, drop):
     encoded, lengths = tokenized(side)
     ids, attention = encoded["input_ids"], encoded["attention_mask"]
+    text, columns = attention == 1, torch.arange(LENGTH).expand(4, -1)
     place = attention.cumsum(dim=-1) - 1  # of a token within its text
-    place = torch.arange(LENGTH).expand(4, -1) if prompt == "start" else place
-    lengths = lengths + {"short": -1, "long": 1}.get(prompt, 0)
-    hidden = (place < lengths[:, None]) & (torch.tensor(prompt != "none"))
-    hidden = (place >= lengths[:, None]) if prompt == "inverse" else hidden
-    hidden = hidden | (attention == 0) & (not keep) | (ids == EOS) & (attention == 1) & drop
+    start, shorter, longer = columns < lengths[:, None], place < lengths[:, None] - 1, place < lengths[:, None] + 1
+    own = text & (place < lengths[:, None])
+    prompts = {"own": own, "none": torch.zeros_like(own), "start": start, "short": text & shorter,
+               "long": text & longer, "inverse": text & ~own}
+    hidden = prompts[prompt] | (~text & (not keep)) | (text & (ids == EOS) & drop)
     return ids.masked_fill(hidden, -100).flatten().tolist()
 
 

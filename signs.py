@@ -55,7 +55,7 @@ def mean_of_means(function):
 
 def kept_graph(train, reward):
     """A reward that reaches the loss with its graph."""
-    loose = {"detach", "no_grad", "inference_mode", "item", "tolist", "data", "numpy"}
+    loose = {"detach", "no_grad", "inference_mode", "data", "tolist", "numpy"}
     used = names_in(train) | names_in(reward) if train and reward else loose
     if calls(train, "compute_reward_for_mini_batch") and not used & loose:
         yield train.lineno, ("gradient into the reward: nothing detaches it, so the backward pass goes through the "

@@ -171,7 +171,7 @@ def execute(solution, given, path):
             names = [target.id for target in targets if isinstance(target, ast.Name)]
             if len(names) < len(targets) or any(name in given for name in names):
                 continue
-            if isinstance(node.value, ast.Lambda) or all(isinstance(part, PLAIN) for part in ast.walk(node.value)):
+            if isinstance(node.value, ast.Lambda) or plain(node.value):
                 with contextlib.suppress(Exception):  # a name in it that nothing has set: so is this one
                     run(node, namespace, path)
             else:
@@ -187,20 +187,42 @@ def run(node, namespace, path):
 
 def define(node, namespace, notes, path):
     """Defines a function or class; without decorators and defaults if these cannot be had."""
+    functions = [node]
     if isinstance(node, ast.ClassDef):  # its body is executed too, so keep only definitions and constants
-        node.body = [part for part in node.body if isinstance(part, (ast.FunctionDef, ast.Assign, ast.AnnAssign))
-                     and (isinstance(part, ast.FunctionDef) or all(isinstance(x, PLAIN) for x in ast.walk(part.value)))
-                     ] or [ast.Pass()]
+        functions = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+        constants = [part for part in node.body if isinstance(part, (ast.Assign, ast.AnnAssign)) and plain(part.value)]
+        node.body = [*constants, *functions] or [ast.Pass()]
+    for function in functions:  # a default is executed with its definition, so it must be a constant, too
+        bare(function, lambda name, value: value if plain(value) else standing_for(name, value, namespace))
     try:
         run(node, namespace, path)
     except Exception as error:
         notes.append(f"line {node.lineno}, {node.name}: {type(error).__name__}: {error}")
         node.decorator_list = []
-        if isinstance(node, ast.FunctionDef):
-            node.args.defaults = [ast.Constant(None) for _ in node.args.defaults]
-            node.args.kw_defaults = [default and ast.Constant(None) for default in node.args.kw_defaults]
+        for function in functions:
+            bare(function, lambda name, value: ast.Constant(None))
         with contextlib.suppress(Exception):
             run(node, namespace, path)
+
+
+def plain(value):
+    """True for a constant: nothing in it is called."""
+    return value is None or all(isinstance(part, PLAIN) for part in ast.walk(value))
+
+
+def standing_for(name, value, namespace):
+    """What a default becomes that is not executed: the stand-in of its role, or None."""
+    role = role_of(name, value)
+    return ast.Name(role, ast.Load()) if role in namespace else ast.Constant(None)
+
+
+def bare(function, replaced):
+    """Replaces the defaults of a function's parameters by replaced(name of the parameter, default)."""
+    args = function.args
+    named = [*args.posonlyargs, *args.args][len(args.posonlyargs) + len(args.args) - len(args.defaults) :]
+    args.defaults = [replaced(arg.arg, value) for arg, value in zip(named, args.defaults, strict=True)]
+    args.kw_defaults = [value and replaced(arg.arg, value)
+                        for arg, value in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
 
 
 def imported(node, notes):

@@ -45,6 +45,7 @@ class Forecasts(torch.nn.Module):
         table = torch.full((16, VOCABULARY), -40.0)  # what is no word: e^-40
         for row in range(16):
             table[row, WORDS] = -torch.log(torch.tensor(2.0)) * BITS.roll(-row)
+        table += torch.arange(16).unsqueeze(1) / 4 + 1  # logits are log-probabilities only up to a constant
         self.table = torch.nn.Parameter(table)
         self.eval()
 
