@@ -1,5 +1,6 @@
 """What the course's functions must answer on cases known on paper, and what each usual mistake would answer instead."""
 
+import contextlib
 import functools
 import inspect
 import math
@@ -123,21 +124,24 @@ def judge_reinforce(function, given):
     cases = [reinforce_case(whole, REWARDS), reinforce_case(standins.ended(whole, STOPPED), REWARDS)]
     got, watched = [], Watch()
     for case in cases:
-        policy, reward = standins.policy(), case.reward.clone().requires_grad_()
-        given["model"] = policy  # some use the global
+        policy = given["model"] = standins.policy()  # some use the global
         watched.models.append(policy)
-        loss, notes = number(watched.call(function, given, reward, case.tokens.clone(), policy), "loss")
+        answer = watched.call(function, given, case.reward.clone(), case.tokens.clone(), policy)
+        loss, notes = number(answer, "loss")
         got.append([loss.item()])
         if case is cases[0]:
-            found, into_reward = gradient(loss, policy.table, reward)
+            (found,) = gradient(loss, policy.table)
     result, meant = verdict(REINFORCE, predict_reinforce, cases, got, watched, notes)
     policy = standins.policy()
     kind, *choices = (choice.value for choice in meant)
     table = of_tokens(scores(policy(whole).logits, kind), whole)
     (expected,) = gradient(rewarded(cases[0].reward, table, whole, *choices), policy.table)
     result = graded(result, found, expected, NO_GRADIENT, "no gradient reaches the policy: it will not learn")
-    if into_reward is not None:
-        result = result._replace(notes=(*result.notes, NOT_DETACHED))
+    with contextlib.suppress(Exception):  # a function that wants a reward without a graph is right to
+        reward = torch.tensor(REWARDS, requires_grad=True)
+        loss, _ = number(call(function, given, 1 * reward, whole.clone(), standins.policy()), "loss")
+        if gradient(loss, reward) != [None]:
+            result = result._replace(notes=(*result.notes, NOT_DETACHED))
     return result
 
 
@@ -312,7 +316,7 @@ def judge_dpo(function, given):
     got, watched, notes = [], Watch(), ()
     for logps, beta in DPO_CASES:
         sides = [torch.tensor(side, requires_grad=i < 2) for i, side in enumerate(logps)]
-        answer = watched.call(function, given, *sides, beta)
+        answer = watched.call(function, given, *(1 * side for side in sides), beta)
         if isinstance(answer, (tuple, list)):  # losses, chosen rewards, rejected rewards: as others write it
             answer, notes = answer[0], ("returns a tuple; its first part is taken for the loss",)
         loss, more = number(answer, "loss")

@@ -125,7 +125,7 @@ def judged(read, name, path):
                 verdict = verdict._replace(status="wrong", mistake="gradient into the reward")
         found = verdict._asdict()
     except Exception as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == name]
         line = frames[-1].lineno if frames else line
         found = raised(read, name, error, notes)
     return {**found, "line": line, "notes": [*found["notes"]]}
@@ -139,7 +139,10 @@ def raised(read, name, error, notes):
         return {"status": "missing", "mistake": None, "expected": None, "got": None, "notes": [f"still TODO ({said})"]}
     if name == "_get_batch_logps" and isinstance(error, (IndexError, RuntimeError)) and "-100" in str(error):
         notes = ["gather needs real indices: replace the labels of -100 by any token and mask their log-probs"]
-    return {"status": "raises", "mistake": None, "expected": None, "got": said, "notes": notes}
+    mistake = None
+    if name == "compute_reinforce_loss" and "must match the size of tensor" in said:
+        mistake, notes = "reward broadcast over tokens", ["a reward (B,) beside log-probs (B, N): reward.unsqueeze(1)"]
+    return {"status": "raises", "mistake": mistake, "expected": None, "got": said, "notes": notes}
 
 
 def pads_right(read):
@@ -205,7 +208,7 @@ def check(path, limit=60, judge=None):
     trouble = signs.of({name: function.node for name, function in read.functions.items()})
     found = {}
     for name in (*JUDGED, *NOT_JUDGED):
-        answer = {"status": "missing", "mistake": None, "expected": None, "got": None, "line": None, "notes": []}
+        answer = dict.fromkeys(("mistake", "expected", "got", "line", "cell")) | {"status": "missing", "notes": []}
         unread = next((part for part in read.unread if name in part.functions), None)
         if name in read.functions:
             answer["line"] = read.functions[name].node.lineno
@@ -215,15 +218,13 @@ def check(path, limit=60, judge=None):
                 answer |= {key: value for key, value in judge(name).items() if value is not None}
             else:
                 answer |= {"status": "not judged", "notes": [f"{sign} (line {line})" for line, sign in trouble[name]]}
-            cell = read.functions[name].cell
+            answer["cell"] = read.functions[name].cell
         elif unread:
             answer |= {"status": "raises", "line": unread.line}
             answer["got"] = f"SyntaxError: {unread.message}: {unread.text}"
             if "TODO" in unread.text:
                 answer |= {"status": "missing", "got": None, "notes": [f"still TODO: {unread.text}"]}
-            cell = unread.cell
-        if answer["line"] and cell:
-            answer["notes"] = [*answer["notes"], f"line {answer['line']} of code cell {cell}"]
+            answer["cell"] = unread.cell
         found[name] = answer
     return found, read.unread
 
@@ -236,8 +237,12 @@ def sentence(name, verdict):
         said = "; ".join(MEANING.get(f"{name}: {mistake}", MEANING.get(mistake, mistake)) for mistake in mistakes)
         said = said or "it equals none of the usual mistakes"
         said += ". Expected {}, got {}".format(*shown(verdict["expected"], verdict["got"]))
-    where = f" (line {verdict['line']})" if verdict["line"] and verdict["status"] in ("wrong", "raises") else ""
-    return f"{name}: {said}{where}"
+    return f"{name}: {said} ({place(verdict)})"
+
+
+def place(verdict):
+    """Where a function stands. Lines of a notebook are counted in each code cell, and code cells from 1."""
+    return f"code cell {verdict['cell']}, line {verdict['line']}" if verdict["cell"] else f"line {verdict['line']}"
 
 
 def shown(*values):
@@ -268,8 +273,7 @@ def report(path, found, unread):
         yield from (f"    - {note}" for note in verdict["notes"])
     for part in unread:
         yield ""
-        where = f"code cell {part.cell}, line {part.line}" if part.cell else f"line {part.line}"
-        yield f"{where}: cannot be read, the rest was: {part.message}: {part.text}"
+        yield f"{place(part._asdict())}: cannot be read, the rest was: {part.message}: {part.text}"
     if all(verdict["status"] == "missing" for verdict in found.values()):
         yield ""
         yield "None of the course's functions is there: is this the right file?"
@@ -285,11 +289,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
                    "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}  # for the children
+    sys.stdout.reconfigure(errors="replace")  # for ‖ where the terminal has none
     try:
         found, unread = check(args.solution, args.limit)
     except (OSError, ValueError) as error:
         parser.error(f"{args.solution}: {getattr(error, 'strerror', None) or error}")
     if args.json:
+        for verdict in found.values():
+            verdict["notes"] += [place(verdict)] * bool(verdict["cell"])
+            del verdict["cell"]
         print(json.dumps({"functions": found}, indent=1))
     else:
         print(*report(args.solution, found, unread), sep="\n")
