@@ -69,7 +69,7 @@ flag = $(if $2,$1 "$2")
 MODELS = $(call flag,--policy,$(POLICY)) $(call flag,--reference,$(POLICY)) \
          $(call flag,--reward-model,$(REWARD_MODEL)) $(call flag,--prompts,$(PROMPTS)) $(SUITED)
 
-.PHONY: help demo baseline reinforce dpo sweep seeds samples report readme venv test lint bench clean
+.PHONY: help demo baseline reinforce dpo sweep seeds samples report readme venv check test lint bench clean
 .PRECIOUS: $(WORLD)/world.json $(RUNS)/%/eval.json  # written whole: an interrupted make must not delete them
 
 help: ## list the targets (this)
@@ -147,6 +147,10 @@ NEW = import sys; sys.exit(sys.version_info < (3, 11))
 .venv/ready-bench: requirements-bench.txt requirements.txt | .venv/ready
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
+
+check: | $(VENV) ## what is right and wrong in a solution of the course: make check SOLUTION=A3.py
+	@test -n "$(SOLUTION)" || { echo "error: which file? make check SOLUTION=path/to/A3.py" >&2; exit 2; }
+	@$(PYTHON) check.py "$(SOLUTION)" $(FLAGS)
 
 test: | $(DEV) ## everything that CI runs but lint; no network, no GPU
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal
