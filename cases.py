@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from transformers import BatchEncoding
 
 import standins
-from explain import (NO_GRADIENT, Verdict, Watch, call, close, graded, gradient, number, right, shapes, unfinished,
-                     verdict, wrong)
+from explain import (NO_GRADIENT, BadAnswer, Verdict, Watch, call, close, graded, gradient, number, right, shapes,
+                     unfinished, verdict, wrong)
 from standins import EOS, LENGTH, PROMPT, REWARDS
 
 NOT_DETACHED = "the reward is not detached here: see that it is before"
@@ -45,24 +45,36 @@ SPANS = [
     right(span(10, 29)),
     right(span(1, 29), "29 log-probs a row: prompt tokens are scored, too, as a hint in the course's template says; "
                        "the policy did not choose them (Q3.4)"),
-    *(wrong("no shift", span(first, 29, 0)) for first in (10, 0, 1)),
+    *(wrong("no shift", span(first, last, 0)) for first, last in ((10, 29), (0, 29), (1, 29), (0, 28), (10, 28))),
     *(wrong("logits shifted instead of targets", span(first, 28, -1)) for first in (10, 9, 0)),
     *(wrong("off by one at the prompt", span(first, 29)) for first in (9, 11)),
     *(wrong("misaligned gather", pair)
       for pair in (paired(10), paired(11), paired(9))),
+    wrong("last token dropped", span(10, 28)),
+    wrong("only the prompt's tokens", span(1, 9)),
 ]
 KINDS = [
     right("log"),
     wrong("log forgotten", "probability"),
     wrong("softmax forgotten", "logit"),
-    wrong("softmax over the wrong axis", "axis"),
+    wrong("softmax over the wrong axis", "tokens"),
+    wrong("softmax over the wrong axis", "tokens but one"),
+    wrong("softmax over the wrong axis", "rows"),
+    wrong("likeliest token scored", "likeliest"),
 ]
-TOKENS = [right("sum"), wrong("mean for sum", "mean"), wrong("mean over padding", "padded")]
+TOKENS = [
+    right("sum"),
+    wrong("mean for sum", "mean"),
+    wrong("mean for sum", "pooled"),
+    wrong("mean over padding", "padded"),
+]
 ROWS = [
     right(lambda reward, logps: (reward * logps).mean()),
     right(lambda reward, logps: ((reward - reward.mean()) * logps).mean(),
           "the batch's mean reward is taken off: less noise, but not the assignment's loss"),
     wrong("reward broadcast over tokens", lambda reward, logps: reward.mean() * logps.mean()),
+    wrong("reward broadcast over tokens", lambda reward, logps: reward.sum() * logps.mean()),
+    wrong("the ragged last batch", lambda reward, logps: (reward * logps).sum() / 32),
     wrong("sum for mean over the batch", lambda reward, logps: (reward * logps).sum()),
     wrong("reward forgotten", lambda reward, logps: logps.mean()),
     wrong("reward for negative text", lambda reward, logps: ((1 - reward) * logps).mean()),
@@ -73,7 +85,11 @@ def scores(logits, kind):
     """(B, T, V) -> (B, T, V): what is gathered from."""
     if kind == "logit":
         return logits
-    logps = logits.log_softmax(dim=1 if kind == "axis" else -1)
+    if kind == "tokens but one":
+        return F.pad(logits[:, :-1].log_softmax(dim=1), (0, 0, 0, 1), value=math.nan)
+    logps = logits.log_softmax(dim={"rows": 0, "tokens": 1}.get(kind, -1))
+    if kind == "likeliest":
+        return logps.amax(dim=-1, keepdim=True).expand_as(logps)
     return logps.exp() if kind == "probability" else logps
 
 
@@ -96,7 +112,8 @@ def rewarded(reward, table, tokens, columns, ends, per_row, over_rows, sign):
     at, of = columns
     mask = masks(tokens)[ends][:, of]
     logps = (table[:, at, of] * mask).sum(dim=-1)
-    logps = logps / {"sum": 1, "mean": mask.sum(dim=-1), "padded": len(of)}[per_row]
+    counts = mask.sum(dim=-1)
+    logps = logps / {"sum": 1, "mean": counts, "pooled": counts.float().mean(), "padded": len(of)}[per_row]
     return -sign * over_rows(reward, logps)
 
 
@@ -131,6 +148,8 @@ def judge_reinforce(function, given):
         got.append([loss.item()])
         if case is cases[0]:
             (found,) = gradient(loss, policy.table)
+    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+        notes = (*notes, f"returns {shapes(answer)}; the course's train wants log_probs, loss")
     result, meant = verdict(REINFORCE, predict_reinforce, cases, got, watched, notes)
     policy = standins.policy()
     kind, *choices = (choice.value for choice in meant)
@@ -339,6 +358,7 @@ TAILS = [0, 0, 3, 1]  # and after its completion
 def labels_case():
     """-> (4, 30): tokens with -100 where nothing is scored, in the prompt and in the padding on either side."""
     labels = standins.rows()
+    labels[0, -1] = EOS
     labels[:, :PROMPT] = -100
     for row, tail in enumerate(TAILS):
         labels[row, LENGTH - tail :] = -100
@@ -352,12 +372,14 @@ ALIGNED = [
     wrong("logits shifted instead of targets", span(0, 28, -1)),
 ]
 HIDDEN = [
-    right((0, 0)),
-    wrong("mask one column late", (1, 0)),
-    wrong("mask one column early", (-1, 0)),
-    wrong("padding kept", (None, 0)),
-    wrong("padding kept", (None, EOS)),
+    right(lambda labels: labels != -100),
+    wrong("mask one column late", lambda labels: (labels != -100).roll(1, dims=1)),
+    wrong("mask one column early", lambda labels: (labels != -100).roll(-1, dims=1)),
+    wrong("off by one at the prompt", lambda labels: (labels != -100) & (labels != -100).roll(1, dims=1)),
+    wrong("first eos dropped", lambda labels: (labels != -100) & (labels != EOS)),
+    wrong("padding kept", lambda labels: torch.ones_like(labels, dtype=torch.bool)),
 ]
+FILLS = [right(0), right(EOS)]  # what is looked up for a label of -100: it shows only where padding is kept
 AVERAGES = [
     right(lambda values, mask, average: values.sum(dim=-1) / (mask.sum(dim=-1) if average else 1)),
     wrong("mean for sum", lambda values, mask, average: values.sum(dim=-1) / mask.sum(dim=-1)),
@@ -365,9 +387,14 @@ AVERAGES = [
     wrong("mean over padding", lambda values, mask, average: values.sum(dim=-1) / (mask.shape[1] if average else 1)),
     wrong("mean over padding", lambda values, mask, average: values.sum(dim=-1) / mask.shape[1]),
     wrong("sum and mean swapped", lambda values, mask, average: values.sum(-1) / (1 if average else mask.sum(-1))),
+    wrong("one number for the batch", lambda values, mask, average: values.sum(-1) / (mask.sum() if average else 1)),
 ]
-WHOLE = [right(lambda logps: logps.tolist()), wrong("averaged over the batch", lambda logps: [logps.mean().item()])]
-BATCH_LOGPS = [KINDS, ALIGNED, HIDDEN, AVERAGES, WHOLE, [right(1), wrong("sign", -1)]]
+WHOLE = [
+    right(lambda logps: logps.tolist()),
+    wrong("one number for the batch", lambda logps: [logps.mean().item()]),
+    wrong("one number for the batch", lambda logps: [logps.sum().item()]),
+]
+BATCH_LOGPS = [KINDS, ALIGNED, HIDDEN, FILLS, AVERAGES, WHOLE, [right(1), wrong("sign", -1)]]
 
 
 def judge_batch_logps(function, given):
@@ -377,21 +404,20 @@ def judge_batch_logps(function, given):
     tables = {(kind.value, fill): of_tokens(scores(logits.detach(), kind.value), filled[fill])
               for kind in KINDS for fill in filled}
 
-    def predict(average, kind, columns, hidden, reduce, whole, sign):
-        (at, of), (late, fill) = columns, hidden
-        seen = torch.ones_like(labels, dtype=torch.bool) if late is None else labels != -100
-        from_columns = of - (late or 0)
-        if from_columns.min() < 0 or from_columns.max() >= LENGTH:
-            return None
-        mask = seen[:, from_columns]
-        return whole(sign * reduce(tables[kind, fill][:, at, of] * mask, mask, average))
+    def predict(average, kind, columns, hidden, fill, reduce, whole, sign):
+        at, of = columns
+        mask = hidden(labels)[:, of]
+        return whole(sign * reduce(tables[kind, fill][:, at, of].masked_fill(~mask, 0.0), mask, average))
 
     got, watched, takes = [], Watch(), len(inspect.signature(function).parameters)
     averages = [False, True] if takes > 2 else [False]
     for average in averages:
-        answer = unfinished(watched.call(function, given, *(logits, labels.clone(), average)[:takes]))
+        theirs = labels.clone()
+        answer = unfinished(watched.call(function, given, *(logits, theirs, average)[:takes]))
         if not isinstance(answer, torch.Tensor) or answer.dim() > 1:
-            raise TypeError(f"returns {shapes(answer)}; (4,) is needed, a number for each row")
+            raise BadAnswer("a tensor (4,): a number for each row", shapes(answer))
+        if not torch.equal(theirs, labels):
+            return Verdict("wrong", "labels changed in place", "labels as they were", "labels without their -100")
         got.append(answer.reshape(-1).tolist())
         if not average:
             (found,) = gradient(answer.sum(), logits)
@@ -447,19 +473,21 @@ def judge_labels(function, given, side="left"):
     def answer(side):
         encoded, lengths = tokenized(side)
         try:
-            return unfinished(call(function, given, encoded, lengths))
+            return unfinished(call(function, given, encoded, lengths)), encoded["input_ids"]
         except (TypeError, AttributeError):  # perhaps it wants them as numbers
-            return unfinished(call(function, given, encoded, lengths.tolist()))
+            return unfinished(call(function, given, encoded, lengths.tolist())), encoded["input_ids"]
 
-    labels = answer(side)
+    labels, ids = answer(side)
     if not isinstance(labels, torch.Tensor) or labels.shape != (4, LENGTH):
-        raise TypeError(f"returns {shapes(labels)}; the labels must have the shape of input_ids, (4, {LENGTH})")
+        raise BadAnswer(f"labels of the shape of input_ids, (4, {LENGTH})", shapes(labels))
+    if not torch.equal(ids, tokenized(side)[0]["input_ids"]):
+        return Verdict("wrong", "input_ids changed in place", "input_ids as they were", "input_ids with -100 in them")
     result, _ = verdict(LABELS, predict_labels, [side], [labels.flatten().tolist()])
     wanted = torch.tensor(predict_labels(side, "own", False, False)).view(4, LENGTH)
     row = int((wanted != labels).any(dim=1).int().argmax())  # the first that differs
     result = result._replace(expected=wanted[row].tolist(), got=labels[row].tolist())
     other = "right" if side == "left" else "left"
-    if result.status == "right" and answer(other).flatten().tolist() != predict_labels(other, "own", False, False):
+    if result.status == "right" and answer(other)[0].flatten().tolist() != predict_labels(other, "own", False, False):
         result = result._replace(notes=(f"right for padding on the {side}, as the tokenizer pads; not on the {other}",))
     return result
 
@@ -474,6 +502,7 @@ FUNCTIONS_OF_LOGITS = [
     wrong("the label instead of its probability", lambda logits: logits.argmax(dim=-1).float()),
     wrong("log-probability as reward", lambda logits: logits.log_softmax(dim=-1)[:, 1]),
     wrong("sigmoid of one logit", lambda logits: logits[:, 1].sigmoid()),
+    wrong("probability of the likelier label", lambda logits: logits.softmax(dim=-1).amax(dim=-1)),
 ]
 ATTENTION = [right(True), wrong("padding kept", False)]
 TEXTS = [
@@ -482,6 +511,7 @@ TEXTS = [
     right("raw", "the reward is of the tokens decoded with special ones: the classifier reads <|endoftext|>"),
     wrong("the completion alone is scored", "completion"),
     wrong("the prompt alone is scored", "prompt"),
+    wrong("the review itself is scored", "review"),
 ]
 REWARD = [FUNCTIONS_OF_LOGITS, ATTENTION, TEXTS]
 
@@ -515,7 +545,7 @@ def sampling(model, first, second):
     ranks, places = drawn(model, first)
     if not ranks.any():
         return "greedy", "tokens drawn from softmax(logits)", "the most likely token, each time"
-    if ranks.max() < 50 and distance(places) > 0.15:
+    if ranks.max() < 50 and distance(places) > 0.15 and not torch.equal(first, second):
         got = f"only words among the {int(ranks.max()) + 1} most likely, of {len(standins.words())}"
         return "top-k left on", "tokens drawn from softmax(logits)", got
     if distance(places) > 2 / len(places) ** 0.5:  # by chance once in 1,500 times
@@ -535,7 +565,7 @@ def judge_reward(function, given):
         torch.manual_seed(seed)
         answers.append(unfinished(call(function, given, list(reviews), *parts)))
     if not isinstance(answers[0], (tuple, list)) or len(answers[0]) != 3:
-        raise TypeError(f"returns {shapes(answers[0])}; the course's returns reward, output_tokens, generated")
+        raise BadAnswer("reward, output_tokens, generated", shapes(answers[0]))
     if model.training or scorer.training:
         return Verdict("wrong", "dropout on", "models in eval mode", "a model put into training mode")
     reward, tokens, generated = answers[0]
@@ -555,13 +585,15 @@ def judge_reward(function, given):
         values = values.flatten()
         notes.append("the reward is (B, 1): beside log-probs of (B,) it would broadcast to (B, B)")
     if values.numel() == 1:
-        return Verdict("wrong", "averaged over the batch", f"a reward for each of {len(reviews)} rows", values.item())
+        return Verdict("wrong", "one number for the batch", f"a reward for each of {len(reviews)} rows", values.item())
     if values.dim() != 1 or not isinstance(generated, (list, tuple)) or len(generated) != len(reviews):
-        raise TypeError(f"returns {shapes(answers[0])}; (B,), (B, 30) and a list of B texts are needed")
-    texts = {"generated": list(generated)}
+        raise BadAnswer("a tensor (B,), a tensor (B, 30), a list of B texts", shapes(answers[0]))
+    texts = {"generated": list(generated), "review": list(reviews)}
     for name, part, skip in (("output", tokens, True), ("raw", tokens, False), ("completion", tokens[:, PROMPT:], True),
                              ("prompt", tokens[:, :PROMPT], True)):
         texts[name] = tokenizer.batch_decode(part, skip_special_tokens=skip)
+    if [str(text).split() for text in generated] == [text.split() for text in texts["completion"]]:
+        texts["generated"] = texts["output"]  # the text that the reward is to be of
 
     def predict(_, form, attend, which):
         encoded = reader([str(text) for text in texts[which]], return_tensors="pt", padding=True, truncation=True)

@@ -71,7 +71,7 @@ MEANING = {
     "dropout on": "the model is in training mode: its forecasts are no longer those that were sampled from",
     "sum for mean over the batch": "summed over the batch, where the mean is asked for",
     "sum and mean swapped": "average_log_prob is taken the other way round",
-    "averaged over the batch": "one number for the whole batch, where one for each row is needed",
+    "one number for the batch": "one number for the whole batch, where one for each row is needed",
     "policy forgotten": "the policy's log-probs are not in it",
     "reference added": "the reference's log-probs are added, not subtracted (or those of the other side subtracted)",
     "rejected forgotten": "the rejected text is not in it",
@@ -92,6 +92,16 @@ MEANING = {
     "sigmoid of one logit": "the sigmoid of one logit is not the softmax over two",
     "the completion alone is scored": "the classifier reads the completion without its prompt",
     "the prompt alone is scored": "the classifier reads what was not written",
+    "the review itself is scored": "the classifier reads the review, not what was written",
+    "probability of the likelier label": "the larger of the two probabilities, whichever label it is of",
+    "likeliest token scored": "the log-prob of the likeliest token, not of the one that was drawn",
+    "last token dropped": "the last token of the completion is not in it",
+    "only the prompt's tokens": "the prompt's tokens are scored, and not the completion's",
+    "the ragged last batch": "divided by a fixed batch size: the last batch of a split is smaller",
+    "labels changed in place": "it writes into the labels that it is given: the second model that is asked sees no "
+                               "-100 any more; clone() first",
+    "input_ids changed in place": "it writes into input_ids, which the model reads next: clone() first",
+    "shape": "another kind of answer than the course's",
     "not sampled": "two calls give the same text",
     "another reward": "the reward is not P(positive) of the text",
     "greedy": "the most likely token each time, not a sample: do_sample=True",
@@ -119,10 +129,13 @@ def judged(read, name, path):
             verdict = cases.judge_labels(function, namespace, "right")
         else:
             verdict = cases.JUDGES[name](function, namespace)
-        if name == "compute_reinforce_loss" and verdict.status == "right" and cases.NOT_DETACHED in verdict.notes:
+        if cases.NOT_DETACHED in verdict.notes:
             nodes = {other: function.node for other, function in read.functions.items()}
-            if any(signs.kept_graph(nodes.get("train"), nodes.get("compute_reward_for_mini_batch"))):
+            nodes = nodes.get("train"), nodes.get("compute_reward_for_mini_batch")
+            if verdict.status == "right" and any(signs.kept_graph(*nodes)):
                 verdict = verdict._replace(status="wrong", mistake="gradient into the reward")
+            elif all(nodes):  # it is detached elsewhere
+                verdict = verdict._replace(notes=[note for note in verdict.notes if note != cases.NOT_DETACHED])
         found = verdict._asdict()
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == name]
@@ -134,6 +147,10 @@ def judged(read, name, path):
 def raised(read, name, error, notes):
     """The verdict on a function that raises; on one that is not finished, if that is why."""
     text, said = read.functions[name].text, f"{type(error).__name__}: {error}"
+    if type(error).__name__ == "BadAnswer":
+        expected, got = error.args
+        return {"status": "wrong", "mistake": "shape", "expected": expected, "got": got, "notes": []}
+    notes = [note for note in notes if re.search(rf"\b{note.split()[0].split('.')[-1]}\b", f"{text} {said}")]
     empty = isinstance(error, (NameError, NotImplementedError)) or re.search("NoneType|ellipsis|returns None", said)
     if "TODO" in text and empty:
         return {"status": "missing", "mistake": None, "expected": None, "got": None, "notes": [f"still TODO ({said})"]}

@@ -25,7 +25,9 @@ START = re.compile(r"(async def|def|class|import|from) |@|# ?%%|# In\[")  # wher
 DEVICE = re.compile(r"(cuda|mps)(:\d+)?")
 PLAIN = (ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.BinOp, ast.UnaryOp, ast.BoolOp,
          ast.Compare, ast.IfExp, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.JoinedStr, ast.FormattedValue,
-         ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)  # a constant: nothing in it is called
+         ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)  # a constant: nothing in it is called...
+HARMLESS = ("dict", "list", "tuple", "set", "range", "int", "float", "str", "bool", "len", "min", "max", "sum", "abs",
+            "round", "sorted", "GenerationConfig")  # ... but these
 
 
 class Piece(NamedTuple):
@@ -132,6 +134,8 @@ def take(solution, statements, piece):
     """Adds what is defined in these statements, also under `if`, `try` and `with`."""
     lines = piece.text.split("\n")
     for node in statements:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            node = named(node)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             text = "\n".join(lines[node.lineno - piece.line : node.end_lineno - piece.line + 1])
             solution.functions[node.name] = Function(node, text, piece.cell)
@@ -140,6 +144,15 @@ def take(solution, statements, piece):
             take(solution, [*inner, *getattr(node, "orelse", []), *getattr(node, "finalbody", [])], piece)
         else:
             solution.statements.append(node)
+
+
+def named(node):
+    """f = lambda x: y -> def f(x): return y"""
+    function = ast.parse(f"def {ast.unparse(node.targets[0]).split('.')[-1]}(): return 0").body[0]
+    function.args, function.body[0].value = node.value.args, node.value.body
+    for part in (function, function.body[0]):
+        ast.copy_location(part, node)
+    return function
 
 
 # ---- statements to a namespace -----------------------------------------------------------------------------
@@ -171,7 +184,7 @@ def execute(solution, given, path):
             names = [target.id for target in targets if isinstance(target, ast.Name)]
             if len(names) < len(targets) or any(name in given for name in names):
                 continue
-            if isinstance(node.value, ast.Lambda) or plain(node.value):
+            if plain(node.value):
                 with contextlib.suppress(Exception):  # a name in it that nothing has set: so is this one
                     run(node, namespace, path)
             else:
@@ -206,8 +219,10 @@ def define(node, namespace, notes, path):
 
 
 def plain(value):
-    """True for a constant: nothing in it is called."""
-    return value is None or all(isinstance(part, PLAIN) for part in ast.walk(value))
+    """True for a constant: nothing in it is called but what makes a list, a number and the like."""
+    parts = [] if value is None else ast.walk(value)
+    return all(isinstance(part, (*PLAIN, ast.keyword)) or (isinstance(part, ast.Call) and getattr(part.func, "id", "")
+               in HARMLESS) for part in parts)
 
 
 def standing_for(name, value, namespace):
