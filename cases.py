@@ -196,28 +196,35 @@ def at_own_token(values, tokens):
     return values.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-EXACT = lambda p, q, tokens: (p.exp() * (p - q)).sum(dim=-1)  # noqa: E731
 SAMPLED = "KL sampled and back-propagated"
-FORMS = [
-    right(EXACT),
-    wrong("KL reversed", lambda p, q, tokens: (q.exp() * (q - p)).sum(dim=-1)),
-    wrong(SAMPLED, lambda p, q, tokens: at_next_token(p - q, tokens)),
-    wrong(SAMPLED, lambda p, q, tokens: at_own_token(p - q, tokens)),
-    wrong(SAMPLED, lambda p, q, tokens: at_next_token((p - q) ** 2 / 2, tokens)),
-    wrong(SAMPLED, lambda p, q, tokens: at_next_token((q - p).exp() - 1 - (q - p), tokens)),
-    wrong("the weights p forgotten", lambda p, q, tokens: (p - q).sum(dim=-1)),
-    wrong("log forgotten", lambda p, q, tokens: (q.exp() * (q - p.exp())).sum(dim=-1)),
-    wrong("log forgotten", lambda p, q, tokens: (p.exp() * (p - q.exp())).sum(dim=-1)),
-    wrong("log_target forgotten", lambda p, q, tokens: q.log().sum(dim=-1)),
-    wrong("the original against itself", lambda p, q, tokens: 0 * q.sum(dim=-1)),
+APART = "policy and original at different positions"
+FORMS = [  # of (B, T, V) log-probs p of the policy and q of the original, the tokens, and the original's logits
+    right(lambda p, q, *_: (p.exp() * (p - q)).sum(dim=-1)),
+    wrong("KL reversed", lambda p, q, *_: (q.exp() * (q - p)).sum(dim=-1)),
+    wrong(SAMPLED, lambda p, q, tokens, _: at_next_token(p - q, tokens)),
+    wrong(SAMPLED, lambda p, q, tokens, _: at_own_token(p - q, tokens)),
+    wrong(SAMPLED, lambda p, q, tokens, _: at_next_token((p - q) ** 2 / 2, tokens)),
+    wrong(SAMPLED, lambda p, q, tokens, _: at_next_token((q - p).exp() - 1 - (q - p), tokens)),
+    wrong(SAMPLED, lambda p, q, tokens, _: at_next_token(p.exp() * (p - q), tokens)),
+    wrong(APART, lambda p, q, *_: (p.exp() * (p - q.roll(-1, dims=1))).sum(dim=-1)),
+    wrong(APART, lambda p, q, *_: (p.exp() * (p - q.roll(1, dims=1))).sum(dim=-1)),
+    wrong("softmax forgotten", lambda p, q, tokens, logits: (p.exp() * (p - logits)).sum(dim=-1)),
+    wrong("the weights p forgotten", lambda p, q, *_: (p - q).sum(dim=-1)),
+    wrong("the weights p forgotten", lambda p, q, *_: ((p - q) ** 2).sum(dim=-1)),
+    wrong("log-probs as weights", lambda p, q, *_: (p * (p - q)).sum(dim=-1)),
+    wrong("log forgotten", lambda p, q, *_: (q.exp() * (q - p.exp())).sum(dim=-1)),
+    wrong("log forgotten", lambda p, q, *_: (p.exp() * (p - q.exp())).sum(dim=-1)),
+    wrong("log_target forgotten", lambda p, q, *_: q.log().sum(dim=-1)),
+    wrong("the original against itself", lambda p, q, *_: 0 * q.sum(dim=-1)),
 ]
+LATE = "KL at columns 10 to {}, the forecasts of tokens 11 to {}; that of the first token written is at 9 (left open)"
 WHERE = [
     right((9, 29)),
     right((0, 30), "KL at all 30 positions, the prompt's and the one after the last token included (left open)"),
     right((0, 29), "KL at 29 positions, the prompt's included (left open)"),
     right((9, 30), "KL at the completion's positions and at the one after its last token (left open)"),
-    wrong("mask one column late", (10, 30)),
-    wrong("mask one column late", (10, 29)),
+    right((10, 30), LATE.format(29, 30)),
+    right((10, 29), LATE.format(28, 29)),
     wrong("only prompt positions in the KL", (0, 9)),
     wrong("only prompt positions in the KL", (0, 10)),
 ]
@@ -263,8 +270,9 @@ def judge_kl(function, given):
         kl, notes = number(watched.call(function, given, theirs, tokens.clone(), original), "KL")
         got.append([kl.item()])
         with torch.no_grad():
-            logps = [model(tokens).logits.log_softmax(dim=-1) for model in (standins.policy(), standins.original())]
-            cases.append((tokens, functools.cache(lambda form, both=(*logps, tokens): form(*both))))
+            logits = [model(tokens).logits for model in (standins.policy(), standins.original())]
+            parts = (*(each.log_softmax(dim=-1) for each in logits), tokens, logits[1])
+            cases.append((tokens, functools.cache(lambda form, parts=parts: form(*parts))))
         if tokens is whole:
             found, into_original = gradient(kl, policy.table, original.table)
 
@@ -272,15 +280,17 @@ def judge_kl(function, given):
         tokens, computed = case
         return [divergence(computed(form), tokens, *choices).item()]
 
+    if not theirs.requires_grad:
+        notes = (*notes, "the log-probs that compute_reinforce_loss returns have no graph")
     if into_original is not None and into_original.norm() > 0:
         notes = (*notes, "a gradient for the original is computed, for nothing: torch.no_grad() saves memory")
     result, meant = verdict(KL, predict, cases, got, watched, notes)
     policy = standins.policy()
     form, *choices = (choice.value for choice in meant)
     p, q = policy(whole).logits.log_softmax(dim=-1), standins.original()(whole).logits.log_softmax(dim=-1).detach()
-    (expected,) = gradient(divergence(form(p, q, whole), whole, *choices), policy.table)
+    (expected,) = gradient(divergence(form(p, q, whole, None), whole, *choices), policy.table)
     words = "no gradient of it reaches the policy: the penalty does nothing"
-    return graded(result, found, expected, "KL without a gradient", words)
+    return graded(result, found, expected, "KL without a gradient", words, watched)
 
 
 # ---- compute_DPO_loss --------------------------------------------------------------------------------------
@@ -299,6 +309,7 @@ RATIOS = [
     wrong("reference added", lambda pc, pr, rc, rr: (pc + rc, pr + rr)),
     wrong("rejected forgotten", lambda pc, pr, rc, rr: (pc - rc, 0 * pr)),
     wrong("log-probs divided, not subtracted", lambda pc, pr, rc, rr: (pc / rc, pr / rr)),
+    wrong("log-probs divided, not subtracted", lambda pc, pr, rc, rr: ((pc / rc).log(), (pr / rr).log())),
 ]
 BETAS = [
     right(lambda c, r, beta: (beta * (c - r), 1)),
@@ -315,6 +326,7 @@ OUTER = [
     wrong("sign", F.logsigmoid),
     wrong("log forgotten", lambda margin: -margin.sigmoid()),
     wrong("sigmoid forgotten", lambda margin: -margin),
+    wrong("mean before the sigmoid", lambda margin: -F.logsigmoid(margin.mean())),
 ]
 PAIRS = [right(torch.mean), wrong("sum for mean over the batch", torch.sum)]
 DPO = [RATIOS, BETAS, OUTER, PAIRS]
@@ -343,9 +355,14 @@ def judge_dpo(function, given):
         if beta == 0.1:
             found, notes = gradient(loss, *sides[:2]), (*notes, *more)
     result, meant = verdict(DPO, predict_dpo, DPO_CASES, got, watched, notes)
+    if result.status == "wrong" and not result.mistake:
+        if close(got[0], got[1]):  # the same pairs at two betas
+            result = result._replace(mistake="beta forgotten")
+        elif all(map(close, got[:2], [predict_dpo(case, *(axis[0].value for axis in DPO)) for case in DPO_CASES[:2]])):
+            result = result._replace(mistake="log(sigmoid)")  # with something added to it, perhaps
     sides = [torch.tensor(side, requires_grad=i < 2) for i, side in enumerate(LOGPS)]
     expected = gradient(preference(sides, 0.1, *(choice.value for choice in meant)), *sides[:2])
-    found = None if None in found else torch.cat(found)
+    found = torch.cat([torch.zeros(4) if side is None else side for side in found])
     return graded(result, found, torch.cat(expected), NO_GRADIENT, "no gradient reaches the policy")
 
 
@@ -438,10 +455,19 @@ PROMPTS = [
     wrong("off by one at the prompt", "short"),
     wrong("off by one at the prompt", "long"),
     wrong("the completion is hidden instead of the prompt", "inverse"),
+    wrong("everything is hidden", "all"),
+    wrong("one prompt length for all rows", "longest"),
 ]
 PADDINGS = [right(False), wrong("padding kept", True)]
 LAST_EOS = [right(False), wrong("first eos dropped", True)]
-LABELS = [PROMPTS, PADDINGS, LAST_EOS]
+VALUES = [
+    right(lambda ids, hidden, attention: ids.masked_fill(hidden, -100)),
+    wrong("labels shifted twice", lambda ids, hidden, attention: F.pad(
+        ids.masked_fill(hidden, -100)[:, 1:], (0, 1), value=-100)),
+    wrong("labels are not the tokens", lambda ids, hidden, attention: attention.masked_fill(hidden, -100)),
+    wrong("0 instead of -100", lambda ids, hidden, attention: ids.masked_fill(hidden, 0)),
+]
+LABELS = [PROMPTS, PADDINGS, LAST_EOS, VALUES]
 
 
 def tokenized(side):
@@ -456,7 +482,7 @@ def tokenized(side):
     return BatchEncoding({"input_ids": ids, "attention_mask": attention}), torch.tensor([10, 8, 6, 3])
 
 
-def predict_labels(side, prompt, keep, drop):
+def predict_labels(side, prompt, keep, drop, values=VALUES[0].value):
     encoded, lengths = tokenized(side)
     ids, attention = encoded["input_ids"], encoded["attention_mask"]
     text, columns = attention == 1, torch.arange(LENGTH).expand(4, -1)
@@ -464,9 +490,10 @@ def predict_labels(side, prompt, keep, drop):
     start, shorter, longer = columns < lengths[:, None], place < lengths[:, None] - 1, place < lengths[:, None] + 1
     own = text & (place < lengths[:, None])
     prompts = {"own": own, "none": torch.zeros_like(own), "start": start, "short": text & shorter,
-               "long": text & longer, "inverse": text & ~own}
+               "long": text & longer, "inverse": text & ~own, "all": torch.ones_like(own),
+               "longest": columns < lengths.max()}
     hidden = prompts[prompt] | (~text & (not keep)) | (text & (ids == EOS) & drop)
-    return ids.masked_fill(hidden, -100).flatten().tolist()
+    return values(ids, hidden, attention).flatten().tolist()
 
 
 def judge_labels(function, given, side="left"):

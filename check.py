@@ -101,6 +101,15 @@ MEANING = {
     "labels changed in place": "it writes into the labels that it is given: the second model that is asked sees no "
                                "-100 any more; clone() first",
     "input_ids changed in place": "it writes into input_ids, which the model reads next: clone() first",
+    "mean before the sigmoid": "the sigmoid of the mean margin is not the mean loss",
+    "log-probs as weights": "the log-ratios are weighted with log p instead of p",
+    "policy and original at different positions": "the policy's forecast is compared with the original's at another "
+                                                  "position",
+    "everything is hidden": "no token is left to be scored",
+    "one prompt length for all rows": "the longest prompt's length is taken for all rows",
+    "labels shifted twice": "the labels are shifted here and in _get_batch_logps again",
+    "labels are not the tokens": "the labels must be the token ids themselves",
+    "0 instead of -100": "hidden labels must be -100: 0 is a word",
     "shape": "another kind of answer than the course's",
     "not sampled": "two calls give the same text",
     "another reward": "the reward is not P(positive) of the text",

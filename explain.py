@@ -143,6 +143,7 @@ def unfinished(answer):
 
 def number(answer, what):
     """-> the tensor of one element in an answer (the last, if it is a tuple), notes."""
+    answer = answer.get("loss", answer) if isinstance(answer, dict) else answer
     parts = unfinished(answer) if isinstance(answer, (tuple, list)) else [unfinished(answer)]
     for part in reversed(parts):
         if isinstance(part, (int, float)):
@@ -174,12 +175,14 @@ def same(found, expected):
     return (found - expected).norm() <= 1e-3 * expected.norm() + 1e-7
 
 
-def graded(result, found, expected, name, words):
+def graded(result, found, expected, name, words, watched=None):
     """A right value whose gradient is not right is a mistake of that name."""
     if result.status != "right" or (found is not None and same(found, expected)):
         return result
     if found is None or found.norm() <= 1e-6 * expected.norm():
         return result._replace(status="wrong", mistake=name, notes=(*result.notes, f"the value is right, but {words}"))
+    if watched and watched.low:
+        return result._replace(status="wrong", mistake="softmax in bf16")
     ratio = (found.flatten() @ expected.flatten() / expected.norm() ** 2).item()
     note = f"the value is right, its gradient is not ({ratio:.3g} of the right one along its direction)"
     return result._replace(status="wrong", mistake="another gradient", notes=(*result.notes, note))

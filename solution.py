@@ -27,7 +27,8 @@ PLAIN = (ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.Bi
          ast.Compare, ast.IfExp, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.JoinedStr, ast.FormattedValue,
          ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)  # a constant: nothing in it is called...
 HARMLESS = ("dict", "list", "tuple", "set", "range", "int", "float", "str", "bool", "len", "min", "max", "sum", "abs",
-            "round", "sorted", "GenerationConfig")  # ... but these
+            "round", "sorted", "GenerationConfig", "KLDivLoss", "CrossEntropyLoss", "NLLLoss", "LogSoftmax", "Softmax",
+            "LogSigmoid", "Sigmoid")  # ... but these
 
 
 class Piece(NamedTuple):
@@ -221,8 +222,13 @@ def define(node, namespace, notes, path):
 def plain(value):
     """True for a constant: nothing in it is called but what makes a list, a number and the like."""
     parts = [] if value is None else ast.walk(value)
-    return all(isinstance(part, (*PLAIN, ast.keyword)) or (isinstance(part, ast.Call) and getattr(part.func, "id", "")
-               in HARMLESS) for part in parts)
+    return all(isinstance(part, (*PLAIN, ast.keyword)) or (isinstance(part, ast.Call) and called(part) in HARMLESS)
+               for part in parts)
+
+
+def called(node):
+    """The last name of what a call calls."""
+    return getattr(node.func, "attr", None) or getattr(node.func, "id", None)
 
 
 def standing_for(name, value, namespace):
