@@ -154,8 +154,8 @@ test: | $(DEV) ## everything that CI runs but lint; no network, no GPU
 lint: | $(DEV) ## style and unused names
 	$(PYTHON) -m ruff check .
 
-mutants: | $(DEV) ## does a test fail for every small change of the mathematics? (seven minutes)
-	OMP_NUM_THREADS=1 $(PYTHON) mutate.py
+mutants: | $(DEV) ## does a test fail for every small change of the mathematics? (ten minutes)
+	OMP_NUM_THREADS=1 $(PYTHON) mutate.py $(FLAGS)
 
 bench: | $(VENV) $(VENV:ready=ready-bench) ## speed and memory against the course's way and TRL (ten minutes on two cores)
 	$(PYTHON) bench.py $(FLAGS)

@@ -56,11 +56,10 @@ def change(name, function):
 
 def read_equivalents(path):
     """-> Counter of changes. The file: blocks of four lines, function, - old text, + new text, the reason."""
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    blocks = list(zip(*[iter(lines)] * 4, strict=True))
-    for function, old, new, _ in blocks:
-        if function not in FUNCTIONS or not old.startswith("- ") or not new.startswith("+ "):
-            sys.exit(f"{path}: cannot read the block\n{function}\n{old}\n{new}")
+    blocks = [block.splitlines() for block in path.read_text().strip().split("\n\n") if not block.startswith("#")]
+    for block in blocks:
+        if len(block) != 4 or block[0] not in FUNCTIONS or (block[1][:2], block[2][:2]) != ("- ", "+ "):
+            sys.exit("\n".join([f"{path}: cannot read the block", *block]))
     return Counter((function, old[2:], new[2:]) for function, old, new, _ in blocks)
 
 
@@ -94,6 +93,8 @@ def main():
     print(f"{'':28} mutants   killed  equivalent  survived")
     for function in args.functions:
         found = results(function)
+        if not found:
+            sys.exit(f"{function} has no mutants: mutmut passes decorated functions by, and misspelt ones")
         alive = Counter(change(name, function) for name, status in found.items() if status not in ("killed", "timeout"))
         argued = sum((alive & equivalents).values())
         survivors += sorted((alive - equivalents).elements())
