@@ -130,6 +130,7 @@ def test_masked_sum_never_reads_what_the_mask_hides():
     assert sums.tolist() == [5.0, 8.0]
     sums.sum().backward()
     assert values.grad.tolist() == [[1, 0, 1], [1, 0, 0]]
+    assert common.masked_sum(values, mask.long()).tolist() == [5.0, 8.0]  # a mask of 0 and 1 is one, too
     with pytest.raises(ValueError, match=r"mask \(2, 2\) does not match values \(2, 3\)"):
         common.masked_sum(values, mask[:, :2])
 
@@ -365,6 +366,9 @@ def test_kl_takes_the_softmax_of_bf16_logits_in_fp32_and_refuses_other_shapes():
     sure = torch.full_like(flat, -math.inf)
     sure[..., 0] = 0
     assert reinforce.token_kl(sure, flat).item() == pytest.approx(8 * BIT, abs=1e-6)
+    logits, ref_logits = torch.randn(2, 1, 4, 256, generator=common.seeded(0, "test")).bfloat16()
+    exact = reinforce.token_kl(logits.float(), ref_logits.float())  # of the same, already rounded, numbers
+    assert reinforce.token_kl(logits, ref_logits).tolist() == exact.tolist()
     with pytest.raises(ValueError, match=r"ref_logits \(1, 1, 256\) do not match logits \(1, 2, 256\)"):
         reinforce.token_kl(flat.expand(1, 2, 256), flat)
 
@@ -577,6 +581,14 @@ def test_logps_and_kl_give_their_gradient_rows_that_begin_at_multiples_of_64():
     assert grad.shape == (3, 70) and grad.stride() == (128, 1)
 
 
+def test_logps_and_kl_have_no_second_derivative_and_say_so():
+    logits = torch.zeros(1, 1, 4, requires_grad=True)
+    logps, _ = fast.logps_and_kl(logits, torch.tensor([[1]]))
+    (grad,) = torch.autograd.grad(logps.square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 def test_logps_and_kl_refuse_other_shapes():
     logits = torch.zeros(2, 3, 4)
     with pytest.raises(ValueError, match=r"tokens \(2, 2\)"):
@@ -698,7 +710,9 @@ def test_sample_feeds_no_row_that_has_ended_and_keeps_the_forecasts(model):
         def forward(self, **inputs):
             sizes.append(len(inputs["input_ids"]))
             assert inputs["logits_to_keep"] == 1  # the product with the vocabulary is not done for the prompt
-            return model(**inputs)
+            output = model(**inputs)
+            assert not output.logits.requires_grad  # no graph is kept while sampling
+            return output
 
     prompts = torch.randint(1, 11, (20, 3), generator=common.seeded(2, "prompts"))
     forecasts = torch.zeros(20, 12, 11)
