@@ -104,7 +104,7 @@ def main():
         equivalents -= alive
         print(f"{function:28} {row['mutants']:7} {row['killed']:8} {row['equivalent']:11} {row['survived']:9}")
     print(f"{'total':28} {total['mutants']:7} {total['killed']:8} {total['equivalent']:11} {total['survived']:9}")
-    stale = [change for change in equivalents.elements() if change[0] in args.functions]
+    stale = [listed for listed in equivalents.elements() if listed[0] in args.functions]
     for title, changes in (("survived", survivors), (f"in {EQUIVALENTS}, but killed or not a mutant", stale)):
         for function, old, new in changes:
             print(f"\n{title}:\n{function}\n    - {old}\n    + {new}")
