@@ -69,7 +69,7 @@ flag = $(if $2,$1 "$2")
 MODELS = $(call flag,--policy,$(POLICY)) $(call flag,--reference,$(POLICY)) \
          $(call flag,--reward-model,$(REWARD_MODEL)) $(call flag,--prompts,$(PROMPTS)) $(SUITED)
 
-.PHONY: help demo baseline reinforce dpo sweep seeds samples report readme venv check test lint bench clean
+.PHONY: help demo baseline reinforce dpo sweep seeds samples report readme venv check test lint mutants bench clean
 .PRECIOUS: $(WORLD)/world.json $(RUNS)/%/eval.json  # written whole: an interrupted make must not delete them
 
 help: ## list the targets (this)
@@ -158,8 +158,11 @@ test: | $(DEV) ## everything that CI runs but lint; no network, no GPU
 lint: | $(DEV) ## style and unused names
 	$(PYTHON) -m ruff check .
 
+mutants: | $(DEV) ## does a test fail for every small change of the mathematics? (ten minutes)
+	OMP_NUM_THREADS=1 $(PYTHON) mutate.py $(FLAGS)
+
 bench: | $(VENV) $(VENV:ready=ready-bench) ## speed and memory against the course's way and TRL (ten minutes on two cores)
 	$(PYTHON) bench.py $(FLAGS)
 
 clean: ## remove the environment, the world of the demo and caches; runs stay
-	rm -rf .venv build __pycache__ .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv build mutants __pycache__ .hypothesis .pytest_cache .ruff_cache

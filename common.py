@@ -77,7 +77,6 @@ def completion_logits(model, tokens, length, attention=None):
 # ---- sampling ----------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def sample(model, prompts, length, generator=None, forecasts=None):
     """(B, P) -> (B, P + N): each prompt and N = `length` tokens drawn from exactly softmax(logits).
 
@@ -91,7 +90,7 @@ def sample(model, prompts, length, generator=None, forecasts=None):
     uniform = torch.rand(length, len(prompts), generator=generator, device=prompts.device)  # in [0, 1)
     rows = torch.arange(len(prompts), device=prompts.device)  # those that have not ended
     cache, new = None, prompts  # keys and values of what was fed; what is to be fed
-    with cast_once(model, prompts.device):
+    with torch.no_grad(), cast_once(model, prompts.device):
         for column in range(length):
             output = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, logits = output.past_key_values, output.logits[:, -1]

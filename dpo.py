@@ -61,15 +61,16 @@ def split_completions(prompts, chosen, rejected):
     rows = list(zip(prompts, chosen, rejected, strict=True))
     repeats = [c.startswith(p) and r.startswith(p) for p, c, r in rows]
     if sum(repeats) > len(rows) / 2:
-        rows = [(p, c.removeprefix(p), r.removeprefix(p)) for p, c, r in rows]
-        rows = [row if repeat else ("", "", "") for row, repeat in zip(rows, repeats, strict=True)]
+        texts = [(c.removeprefix(p), r.removeprefix(p)) for p, c, r in rows]
+        texts = [both if repeat else ("", "") for both, repeat in zip(texts, repeats, strict=True)]
         layout = "completions repeat their prompt, which is taken off"
     elif any(p[-1:].isspace() or c[:1].isspace() or r[:1].isspace() for p, c, r in rows):
+        texts = [(c, r) for _, c, r in rows]
         layout = "completions continue their prompt as they stand"
     else:
-        rows = [(p, c and " " + c, r and " " + r) for p, c, r in rows]
+        texts = [(c and " " + c, r and " " + r) for _, c, r in rows]
         layout = "no text has a space where prompt and completion meet, so one is put in"
-    return [c for _, c, _ in rows], [r for _, _, r in rows], layout
+    return [c for c, _ in texts], [r for _, r in texts], layout
 
 
 def make_pair(prompt, chosen, rejected, eos, max_len):
@@ -111,12 +112,12 @@ def collate(pairs, device):
     All prompts end at the same column. The padding's id does not matter: attention and mask hide it. The
     mask is the attention of the completion's columns: its eos is a token like any other.
     """
-    prompts = [pair.prompt for pair in pairs] * 2
-    completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    width, length = max(map(len, prompts)), max(map(len, completions))  # P, N
-    tokens = torch.zeros(len(prompts), width + length, dtype=torch.long)
+    rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+    width = max(len(prompt) for prompt, _ in rows)  # P
+    length = max(len(completion) for _, completion in rows)  # N
+    tokens = torch.zeros(len(rows), width + length, dtype=torch.long)
     attention = torch.zeros_like(tokens)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    for row, (prompt, completion) in enumerate(rows):
         filled = slice(width - len(prompt), width + len(completion))
         tokens[row, filled] = torch.tensor(prompt + completion)
         attention[row, filled] = 1

@@ -137,16 +137,20 @@ class LogpsAndKL(torch.autograd.Function):
         return logps, kl
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logps, grad_kl):
-        logits, tokens, ref_logits, kl = ctx.saved_tensors
+    def gradient(logits, tokens, ref_logits, kl, grad_logps, grad_kl):
+        """(M, V): what flows into the logits."""
         words = logits.shape[1]
         grad = logits.new_empty(len(logits), words + -words % 64)[:, :words]  # aligned rows: faster products with it
         for rows, logp, log_ratio in LogpsAndKL.pieces(logits, ref_logits):
             # grad_kl * p * (log_ratio - KL) + grad_logps * ([v = k] - p), where p takes log p's place:
             dz = log_ratio.sub_(kl[rows]).mul_(grad_kl[rows]).sub_(grad_logps[rows]).mul_(logp.exp_())
             grad[rows] = dz.scatter_add_(dim=-1, index=tokens[rows], src=grad_logps[rows])
-        return grad, None, None
+        return grad
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps, grad_kl):
+        return LogpsAndKL.gradient(*ctx.saved_tensors, grad_logps, grad_kl), None, None
 
 
 def logps_and_kl(logits, tokens, ref_logits=None):

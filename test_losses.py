@@ -3,8 +3,10 @@
 No network, no files, a few seconds.
 """
 
+import contextlib
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +39,41 @@ def model():
         for weight in policy.parameters():
             weight.mul_(6)
     return policy
+
+
+class Flat(torch.nn.Module):
+    """A model to which all of 11 words are equally likely. Keeps what it is called with."""
+
+    config = GPT2Config(vocab_size=11, eos_token_id=EOS)
+
+    def __init__(self, device="cpu"):
+        super().__init__()
+        self.device, self.calls = torch.device(device), []
+
+    def forward(self, **inputs):
+        self.calls.append(inputs)
+        logits = torch.zeros(len(inputs["input_ids"]), inputs["logits_to_keep"], 11, device=self.device)
+        return SimpleNamespace(logits=logits, past_key_values=None)
+
+
+class Meta(torch.utils._python_dispatch.TorchDispatchMode):
+    """Inside, notes the devices of all new tensors, and answers True to `if tensor` on the meta device, counting it.
+
+    A tensor on the meta device has a shape and no numbers. It stands for one on a GPU: what would land on the CPU
+    there, or wait for the GPU, shows here.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.devices, self.answers = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.answers += 1
+            return True
+        made = function(*args, **(kwargs or {}))
+        self.devices |= {tensor.device.type for tensor in (made if isinstance(made, tuple | list) else [made])}
+        return made
 
 
 # ---- log-probabilities -------------------------------------------------------------------------------------
@@ -93,6 +130,7 @@ def test_masked_sum_never_reads_what_the_mask_hides():
     assert sums.tolist() == [5.0, 8.0]
     sums.sum().backward()
     assert values.grad.tolist() == [[1, 0, 1], [1, 0, 0]]
+    assert common.masked_sum(values, mask.long()).tolist() == [5.0, 8.0]  # a mask of 0 and 1 is one, too
     with pytest.raises(ValueError, match=r"mask \(2, 2\) does not match values \(2, 3\)"):
         common.masked_sum(values, mask[:, :2])
 
@@ -106,6 +144,18 @@ def test_completion_logits_stand_in_the_column_of_the_token_they_forecast(model)
         every = model(row[None]).logits[0, :-1]  # column t forecasts token t + 1
         expected = -F.cross_entropy(every, row[1:], reduction="none")[-4:]
         torch.testing.assert_close(logps, expected)
+
+
+def test_completion_logits_tells_the_model_what_is_padding_and_asks_for_the_completion_only():
+    # A model may find the padding by other means (positions that start again), so what it is told is looked at.
+    tokens, attention = torch.arange(1, 11).view(2, 5), torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]])
+    model = Flat()
+    assert common.completion_logits(model, tokens, 2, attention).shape == (2, 2, 11)
+    (call,) = model.calls
+    assert call.pop("input_ids").tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
+    assert call.pop("attention_mask").tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert call.pop("position_ids").tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert call == {"use_cache": False, "logits_to_keep": 2}  # keys and values that nobody reads would cost memory
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------
@@ -122,6 +172,11 @@ def test_draw_has_exactly_the_probabilities_of_the_softmax():
 def test_draw_reaches_both_ends_and_never_a_word_of_probability_zero(uniform, word):
     # p = (0, 1/2, 0, 1/2, 0): word 1 owns [0, 1/2), word 3 owns [1/2, 1). The largest fp32 below 1 is 1 - 2^-24.
     assert common.draw(nats(0.0, 1 / 2, 0.0, 1 / 2, 0.0)[None], torch.tensor([uniform])).tolist() == [word]
+
+
+def test_draw_of_nan_is_a_word_all_the_same():
+    # So that the run stops where it sees the nan, and says so, and not at an index that is out of range.
+    assert 0 <= common.draw(torch.full((1, 5), math.nan), torch.tensor([0.5])).item() < 5
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -190,6 +245,21 @@ def test_sample_with_its_cache_equals_a_loop_that_feeds_everything_again(model):
     assert found[:, :3].tolist() == prompts.tolist()
 
 
+def test_sample_keeps_a_cache_whatever_the_models_config_says(model):
+    prompts, other = torch.randint(1, 11, (5, 3), generator=common.seeded(1, "prompts")), copy.deepcopy(model)
+    other.config.use_cache = False  # as in a checkpoint of a training that needed none
+    expected, found = (common.sample(some, prompts, 12, common.seeded(1, "sampling")) for some in (model, other))
+    assert found.tolist() == expected.tolist()
+
+
+def test_sample_makes_everything_on_the_device_of_the_prompts(monkeypatch):
+    monkeypatch.setattr(common, "cast_once", lambda *_: contextlib.nullcontext())  # autocast knows no meta device
+    with Meta() as meta:
+        tokens = common.sample(Flat("meta"), torch.ones(2, 3, dtype=torch.long, device="meta"), 4)
+    assert tokens.shape == (2, 7) and meta.devices == {"meta"}
+    assert meta.answers == 4  # in each column one question: did a row end?
+
+
 def test_sample_keeps_its_width_when_every_row_ends_at_once(model):
     class Ends(torch.nn.Module):
         config = model.config
@@ -255,6 +325,7 @@ def test_reinforce_gradient_is_on_average_minus_the_gradient_of_the_expected_rew
 def test_leave_one_out_takes_the_others_mean():
     # The others' means of (0, 1/2, 1) are (3/4, 1/2, 1/4).
     assert reinforce.leave_one_out(torch.tensor([0.0, 0.5, 1.0])).tolist() == [-0.75, 0.0, 0.75]
+    assert reinforce.leave_one_out(torch.tensor([1.0, 0.25])).tolist() == [0.75, -0.75]
     assert reinforce.leave_one_out(torch.tensor([0.5])).tolist() == [0.5]  # a row alone has no others
 
 
@@ -295,6 +366,9 @@ def test_kl_takes_the_softmax_of_bf16_logits_in_fp32_and_refuses_other_shapes():
     sure = torch.full_like(flat, -math.inf)
     sure[..., 0] = 0
     assert reinforce.token_kl(sure, flat).item() == pytest.approx(8 * BIT, abs=1e-6)
+    logits, ref_logits = torch.randn(2, 1, 4, 256, generator=common.seeded(0, "test")).bfloat16()
+    exact = reinforce.token_kl(logits.float(), ref_logits.float())  # of the same, already rounded, numbers
+    assert reinforce.token_kl(logits, ref_logits).tolist() == exact.tolist()
     with pytest.raises(ValueError, match=r"ref_logits \(1, 1, 256\) do not match logits \(1, 2, 256\)"):
         reinforce.token_kl(flat.expand(1, 2, 256), flat)
 
@@ -336,36 +410,55 @@ def test_dpo_loss_is_finite_where_log_of_sigmoid_is_not():
 
 
 def test_dpo_loss_refuses_shapes_that_would_broadcast_and_logps_that_are_not_summed():
-    with pytest.raises(ValueError, match=r"all be \(B,\), not \(2,\), \(2,\), \(2,\), \(2, 1\)"):
+    names = "policy_chosen, policy_rejected, reference_chosen, reference_rejected_logps"
+    shapes = r"\(2,\), \(2,\), \(2,\), \(2, 1\)$"
+    with pytest.raises(ValueError, match=rf"^{names} must all be \(B,\), not {shapes}"):
         dpo.dpo_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), torch.zeros(2, 1), 0.1)
     with pytest.raises(ValueError, match=r"all be \(B,\), not \(2, 3\), \(2, 3\)"):
         dpo.dpo_loss(*torch.zeros(4, 2, 3), 0.1)
 
 
 def test_accuracy_counts_a_tie_one_half():
-    assert dpo.accuracy(torch.tensor([1.0, -1.0, 0.0, 2.0])).item() == 0.625  # (1 + 0 + 1/2 + 1) / 4
+    assert dpo.accuracy(torch.tensor([0.5, -1.0, 0.0, 2.0])).item() == 0.625  # (1 + 0 + 1/2 + 1) / 4
 
 
 def test_completions_that_repeat_the_prompt_lose_it():
     prompts = ["I saw", "We saw", "It is"]
     texts = ["I saw it.", "We saw it.", "is good"], ["I saw no.", "We saw no.", "It is bad"]
     chosen, rejected, layout = dpo.split_completions(prompts, *texts)
-    assert "repeat" in layout
+    assert layout == "completions repeat their prompt, which is taken off"
     assert chosen == [" it.", " it.", ""]  # the third row follows no layout: its completion can't be told
     assert rejected == [" no.", " no.", ""]
 
 
 def test_completions_that_bring_their_own_space_stand_as_they_are():
-    for texts in ([" good", ", good"], [" bad", "bad"]), (["good", "fine"], ["bad", " bad"]):
+    for texts in ([" good", ", good"], ["bad", "bad"]), (["good", "fine"], ["bad", " bad"]):  # one space in all
         chosen, rejected, layout = dpo.split_completions(["I saw", "We saw"], *texts)
-        assert "as they stand" in layout and [chosen, rejected] == [texts[0], texts[1]]
+        assert layout == "completions continue their prompt as they stand"
+        assert [chosen, rejected] == [texts[0], texts[1]]
     chosen, _, layout = dpo.split_completions(["I saw ", "We saw"], ["it", "it"], ["no", "no"])
-    assert "as they stand" in layout and chosen == ["it", "it"]
+    assert layout == "completions continue their prompt as they stand" and chosen == ["it", "it"]
+
+
+def test_half_of_the_rows_are_not_enough_to_say_that_completions_repeat_the_prompt():
+    # "It" begins its own completion by chance: taken off, it would leave a text that is none.
+    texts = ["It was", " it."], ["Itself", " no."]
+    chosen, rejected, layout = dpo.split_completions(["It", "We saw"], *texts)
+    assert [chosen, rejected] == [texts[0], texts[1]] and "as they stand" in layout
+
+
+@pytest.mark.parametrize("missing", range(3))
+def test_columns_of_unequal_length_are_refused(missing):
+    columns = [["I saw", "We saw"], ["good", "good"], ["bad", "bad"]]
+    columns[missing].pop()
+    with pytest.raises(ValueError, match="zip"):
+        dpo.split_completions(*columns)
 
 
 def test_a_space_is_put_in_where_the_data_never_has_one():
     chosen, rejected, layout = dpo.split_completions(["I saw", "We saw"], ["good", ""], ["bad", "bad"])
-    assert "put in" in layout and chosen == [" good", ""] and rejected == [" bad", " bad"]
+    assert layout == "no text has a space where prompt and completion meet, so one is put in"
+    assert chosen == [" good", ""] and rejected == [" bad", " bad"]
 
 
 def test_pairs_end_in_eos_unless_truncated_and_never_lose_the_whole_completion():
@@ -385,6 +478,19 @@ def test_collate_meets_prompts_and_completions_at_one_column():
     assert tokens.tolist() == chosen + rejected
     assert attention.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
     assert mask.tolist() == [[True, False], [True, True], [True, True], [True, True]]
+
+
+def test_pairs_are_put_on_the_models_device():
+    pairs = [dpo.Pair([1, 2, 3], [4], [5, 6]), dpo.Pair([7], [8, 9], [10, 1])]
+    assert [tensor.device.type for tensor in dpo.collate(pairs, "meta")] == ["meta"] * 3
+    model = Flat("meta")
+    assert [logps.device.type for logps in dpo.pair_logps(model, pairs)] == ["meta"] * 2
+    assert model.calls[0]["input_ids"].device.type == model.calls[0]["attention_mask"].device.type == "meta"
+
+
+def test_widths_are_those_of_the_longer_completions():
+    pairs = [dpo.Pair([1, 2, 3, 4], [5], [6, 7]), dpo.Pair([1], [5, 6, 7], [8])]
+    assert dpo.widths(pairs).tolist() == [2, 3]
 
 
 def test_pair_logps_are_those_of_the_completions_alone_however_they_are_padded(model):
@@ -445,6 +551,42 @@ def test_logps_and_kl_equal_the_plain_functions_with_their_gradients(dtype):
     alone, nothing = fast.logps_and_kl(logits, tokens)
     torch.testing.assert_close(alone, found[0])
     assert nothing.abs().max() == 0
+
+
+@pytest.mark.parametrize(("device", "rows", "words", "starts"), [
+    ("cpu", 140, 30_000, [0, 34, 68, 102, 136]),  # 2^20 // 30,000 = 34 rows: 4 MB
+    ("meta", 5000, 30_000, [0, 2236, 4472]),  # 2^26 // 30,000 = 2,236 rows: 256 MB, for a GPU
+    ("meta", 3, 2**26 + 1, [0, 1, 2]),  # never less than a row
+])
+def test_logps_and_kl_go_through_the_rows_once_in_pieces_of_limited_size(device, rows, words, starts):
+    with Meta() as meta:
+        pieces = list(fast.LogpsAndKL.pieces(torch.empty(rows, words, device=device), None))
+    assert [(piece.start, piece.stop) for piece, _, _ in pieces] == [(first, first + starts[1]) for first in starts]
+    assert meta.devices == {device} and (meta.answers == 0 or device == "cpu")
+
+
+def test_logps_and_kl_never_wait_for_a_gpu_and_make_nothing_elsewhere():
+    logits, ref_logits = torch.zeros(2, 2, 3, 11, device="meta").unbind()
+    tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
+    with Meta() as meta:
+        logps, kl = fast.logps_and_kl(logits.requires_grad_(), tokens, ref_logits)
+        (logps + kl).sum().backward()
+    assert meta.devices == {"meta"} and meta.answers == 0
+
+
+def test_logps_and_kl_give_their_gradient_rows_that_begin_at_multiples_of_64():
+    # Products with it are faster then: 70 words take the place of 128.
+    logits, ones = torch.zeros(3, 70), torch.ones(3, 1)
+    grad = fast.LogpsAndKL.gradient(logits, torch.zeros(3, 1, dtype=torch.long), None, 0 * ones, ones, ones)
+    assert grad.shape == (3, 70) and grad.stride() == (128, 1)
+
+
+def test_logps_and_kl_have_no_second_derivative_and_say_so():
+    logits = torch.zeros(1, 1, 4, requires_grad=True)
+    logps, _ = fast.logps_and_kl(logits, torch.tensor([[1]]))
+    (grad,) = torch.autograd.grad(logps.square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
 
 
 def test_logps_and_kl_refuse_other_shapes():
@@ -549,13 +691,14 @@ def test_sampling_in_bf16_casts_a_weight_once(model):
 
     class Casts(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._to_copy.default and args[0] is policy.transformer.h[0].mlp.c_fc.weight:
-                casts.append(kwargs)
+            if function is torch.ops.aten._to_copy.default:
+                casts.append(tuple(args[0].shape))
             return function(*args, **(kwargs or {}))
 
     with Casts():
-        common.sample(policy, torch.ones(2, 3, dtype=torch.long), 6, common.seeded(0, "test"))
-    assert len(casts) == 1
+        tokens = common.sample(policy, torch.ones(2, 3, dtype=torch.long), 6, common.seeded(0, "test"))
+    assert (tokens[:, -2] != EOS).any()  # six columns were drawn
+    assert casts.count((16, 64)) == 2 and casts.count((11, 16)) == 1  # the MLP's first weight in two layers; the head
 
 
 def test_sample_feeds_no_row_that_has_ended_and_keeps_the_forecasts(model):
@@ -566,7 +709,10 @@ def test_sample_feeds_no_row_that_has_ended_and_keeps_the_forecasts(model):
 
         def forward(self, **inputs):
             sizes.append(len(inputs["input_ids"]))
-            return model(**inputs)
+            assert inputs["logits_to_keep"] == 1  # the product with the vocabulary is not done for the prompt
+            output = model(**inputs)
+            assert not output.logits.requires_grad  # no graph is kept while sampling
+            return output
 
     prompts = torch.randint(1, 11, (20, 3), generator=common.seeded(2, "prompts"))
     forecasts = torch.zeros(20, 12, 11)
