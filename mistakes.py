@@ -3,9 +3,9 @@
     python mistakes.py                                                   # the list, with the test that catches each
     python mistakes.py sign reinforce.py --alpha 0.1 --out runs/broken   # a script with one of them in it
 
-A mistake is a change of one function's source text: that function is compiled anew, nothing is written to disk. So a
-broken run that was cut off goes on broken only if it is called with its mistake again. `make broken` makes some such
-runs and draws them; test_mistakes.py shows that each mistake fails its test.
+A mistake is a change of one function's source text: that function is compiled anew, nothing is written to disk, so a
+broken run that was cut off goes on broken only if it is called with its mistake again. A name may have dashes for its
+spaces. `make broken` makes some such runs and draws them; test_mistakes.py shows that each mistake fails its test.
 """
 
 import importlib
@@ -158,7 +158,7 @@ def main(name="--help", script="", *flags):
     if name in ("-h", "--help"):
         return print("\n".join([__doc__, *(f"{one.name} ({one.where})\n    {one.says}\n    caught by {one.test}"
                                           for one in MISTAKES)]))
-    mistake = next((one for one in MISTAKES if one.name == name), None)
+    mistake = next((one for one in MISTAKES if one.name.replace(" ", "-") == name.replace(" ", "-")), None)
     if not mistake:
         raise runs.UserError(f"there is no mistake {name!r}; python mistakes.py lists them")
     if script not in SCRIPTS:
@@ -166,11 +166,11 @@ def main(name="--help", script="", *flags):
     home, own = mistake.where.split(".")[0], script.removesuffix(".py")
     plain = mistake.where in ("common.token_logps", "reinforce.token_kl")  # the scripts call fast.logps_and_kl for both
     if f"{home}.py" in SCRIPTS and home != own and not plain:
-        raise runs.UserError(f"{script} does not call {mistake.where}, where {name!r} is: it would change nothing")
+        raise runs.UserError(f"{mistake.name!r} would change nothing: {script} does not call {mistake.where}")
     put_in(mistake)
     if plain:
         replace(importlib.import_module("fast").logps_and_kl, plain_logps_and_kl)
-    print(f"with a mistake in it, {name!r}, in {mistake.where}: {mistake.says}")
+    print(f"with a mistake in it, {mistake.name!r}, in {mistake.where}: {mistake.says}")
     sys.argv = [script, *flags]  # errors and --help are the script's own
     importlib.import_module(own).main()
 

@@ -10,11 +10,13 @@ import sys
 import pytest
 import torch
 
+import broken
 import fast
 import mistakes
 import reinforce
 import runs
 import test_losses
+from test_report import steps, write_run
 from test_losses import layer, logits, model  # noqa: F401  (fixtures of the tests that are called here)
 
 CAUGHT = (AssertionError, pytest.fail.Exception)
@@ -57,7 +59,7 @@ def test_a_script_runs_with_the_mistake_in_the_functions_that_it_calls(monkeypat
     monkeypatch.setattr(reinforce, "main", script)
     right, plain = reinforce.token_kl, fast.logps_and_kl
     try:
-        mistakes.main("KL negated", "reinforce.py", "--alpha", "0.1")
+        mistakes.main("KL-negated", "reinforce.py", "--alpha", "0.1")
     finally:
         mistakes.replace(reinforce.token_kl, right)
         mistakes.replace(fast.logps_and_kl, plain)
@@ -79,3 +81,21 @@ def test_without_arguments_they_are_listed(capsys):
     mistakes.main()
     listed = capsys.readouterr().out
     assert all(f"{one.name} ({one.where})" in listed and one.test in listed for one in mistakes.MISTAKES)
+
+
+def test_broken_runs_are_drawn_and_tabulated_with_what_was_measured_without_the_mistake(tmp_path, capsys):
+    rewards, pairs = {"alpha": 0.1, "advantage": "loo", "lr": 5e-4}, {"beta": 0.1, "lr": 5e-5}
+    trained = {"alpha": steps(reward=0.1, kl=-1.0, grad_norm=1.0),
+               "beta": steps(loss=0.1, accuracy=0.1, margin=0.1, chosen_logratio=-1.0, rejected_logratio=-2.0)}
+    tested = {"test_loss": 0.5, "test_accuracy": 0.9, "test_margin": 0.2}
+    for name, flags, more in (("alpha-0.1", rewards, {}), ("broken/sign", rewards, {}),
+                              ("beta-0.1", pairs, tested), ("broken/dpo-prompt-scored", pairs, tested)):
+        write_run(tmp_path / name, 0.9, 1.5, "it is", flags, metrics=trained[next(iter(flags))], **more)
+    write_run(tmp_path / "broken-measured" / "sign", 0.1, 2.5, "it is", {"policy": "broken"})
+    broken.main(tmp_path)
+    said = capsys.readouterr().out
+    assert "| `sign`      | 0.35           | -3.50      | 0.100 ± 0.010 | 2.50 ± 0.02 |" in said  # means of 0.0 .. 0.7
+    assert "| `alpha-0.1` | 0.35           | -3.50      | 0.900 ± 0.010 |" in said
+    assert all((tmp_path / f"broken-{name}.png").stat().st_size < 60_000 for name in ("reinforce", "dpo"))
+    with pytest.raises(runs.UserError, match="make broken makes them"):
+        broken.main(tmp_path / "broken")
