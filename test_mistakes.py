@@ -5,7 +5,9 @@ That the tests pass without a mistake, test_losses.py itself shows.
 
 import copy
 import itertools
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +101,9 @@ def test_broken_runs_are_drawn_and_tabulated_with_what_was_measured_without_the_
     assert all((tmp_path / f"broken-{name}.png").stat().st_size < 60_000 for name in ("reinforce", "dpo"))
     with pytest.raises(runs.UserError, match="make broken makes them"):
         broken.main(tmp_path / "broken")
+
+
+def test_make_broken_names_mistakes_that_there_are():
+    makefile = Path(__file__).with_name("Makefile").read_text(encoding="utf-8")
+    names = " ".join(re.findall(r"^BROKEN_\w+ = (.*)$", makefile, re.MULTILINE)).split()
+    assert names and set(names) <= {one.name.replace(" ", "-") for one in mistakes.MISTAKES}
