@@ -26,7 +26,7 @@ DPO_FLAGS =
 
 # The demo: the same runs in the small world of toy.py, with lengths and learning rates that suit it, and with
 # leave-one-out: on the raw reward it is chance which word alpha 0 ends in. MORE="alpha-0.3 beta-0.5" adds runs.
-ifneq ($(filter demo,$(MAKECMDGOALS))$(filter runs/toy%,$(RUNS)),)
+ifneq ($(filter demo broken,$(MAKECMDGOALS))$(filter runs/toy%,$(RUNS)),)
 RUNS = runs/toy
 ALPHA = 0.1
 BETA = 0.1
@@ -43,8 +43,8 @@ SUITED_REINFORCE = --advantage loo --batch-size 32 --lr 5e-4
 SUITED_DPO = --batch-size 16 --lr 5e-5 --max-len 128
 # Spin shorter while a thread waits (Linux): a fifth slower alone, five times faster beside another busy program.
 export GOMP_SPINCOUNT = 10000
-ifneq ($(filter-out demo sweep seeds samples report readme $(RUNS)/%,$(MAKECMDGOALS)),)
-$(error in the small world there are only demo, sweep, seeds, samples, report and run folders, and demo makes them)
+ifneq ($(filter-out demo sweep seeds samples report readme broken $(RUNS)/%,$(MAKECMDGOALS)),)
+$(error in the small world there are only demo, sweep, seeds, samples, report, broken and run folders, and demo makes them)
 endif
 endif
 NEEDED = $(VENV) $(addsuffix /world.json,$(WORLD))
@@ -69,7 +69,8 @@ flag = $(if $2,$1 "$2")
 MODELS = $(call flag,--policy,$(POLICY)) $(call flag,--reference,$(POLICY)) \
          $(call flag,--reward-model,$(REWARD_MODEL)) $(call flag,--prompts,$(PROMPTS)) $(SUITED)
 
-.PHONY: help demo baseline reinforce dpo sweep seeds samples report readme venv check test lint mutants bench clean
+.PHONY: help demo baseline reinforce dpo sweep seeds samples report readme broken venv check test lint mutants bench \
+        clean
 .PRECIOUS: $(WORLD)/world.json $(RUNS)/%/eval.json  # written whole: an interrupted make must not delete them
 
 help: ## list the targets (this)
@@ -102,6 +103,26 @@ report: | $(VENV) ## results.md and the figures, of all runs in RUNS, finished o
 
 readme: | $(VENV)  # puts RUNS' tables and figures into README.md, where it has places for them
 	@$(REPORT) --readme README.md
+
+# Named for the mistake (of mistakes.py, with dashes for its spaces). Their policies are evaluated again without it.
+BROKEN_REINFORCE = sign KL-negated no-shift reward-broadcast-over-tokens greedy
+BROKEN_DPO = chosen-and-rejected-swapped no-shift mask-one-column-late reference-forgotten prompt-scored
+BROKEN = lr-5e-3 $(BROKEN_REINFORCE) $(BROKEN_DPO:%=dpo-%)
+broken: $(call finished,alpha-0 alpha-0.1 beta-0.1 $(BROKEN:%=broken-measured/%)) ## runs with mistakes in them, drawn
+	$(PYTHON) broken.py $(RUNS)
+
+$(call finished,$(BROKEN_REINFORCE:%=broken/%)): $(RUNS)/broken/%/eval.json: | $(NEEDED)
+	$(PYTHON) mistakes.py "$*" reinforce.py $(MODELS) $(SUITED_REINFORCE) --alpha 0.1 $(FLAGS) --out $(@D)
+
+$(call finished,$(BROKEN_DPO:%=broken/dpo-%)): $(RUNS)/broken/dpo-%/eval.json: | $(NEEDED)
+	$(PYTHON) mistakes.py "$*" dpo.py $(MODELS) $(call flag,--pairs,$(PAIRS)) $(SUITED_DPO) --beta 0.1 \
+	    $(FLAGS) --out $(@D)
+
+$(call finished,broken/lr-5e-3): | $(NEEDED)
+	$(PYTHON) reinforce.py $(MODELS) $(SUITED_REINFORCE) --lr 5e-3 --alpha 0.1 $(FLAGS) --out $(@D)
+
+$(call finished,$(BROKEN:%=broken-measured/%)): $(RUNS)/broken-measured/%/eval.json: | $(RUNS)/broken/%/eval.json
+	$(PYTHON) reward.py $(MODELS) $(FLAGS) --policy $(RUNS)/broken/$*/model --out $(@D)
 
 $(RUNS)/baseline/eval.json: | $(NEEDED)
 	$(PYTHON) reward.py $(MODELS) $(FLAGS) --out $(@D)
