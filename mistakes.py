@@ -94,8 +94,8 @@ MISTAKES = [Mistake(*fields) for fields in (
      ALIGNED, "the first N columns, not the last: KL (and log-probs) at forecasts of prompt tokens"),
     # ---- DPO
     ("chosen and rejected swapped", "dpo.collate",
-     "[pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]",
-     "[pair.rejected for pair in pairs] + [pair.chosen for pair in pairs]",
+     "[(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]",
+     "[(pair.prompt, pair.rejected) for pair in pairs] + [(pair.prompt, pair.chosen) for pair in pairs]",
      "test_collate_meets_prompts_and_completions_at_one_column",
      "the worse completion is preferred; loss, accuracy and margin look as they should"),
     ("beta forgotten", "dpo.dpo_loss", "beta * (", "1.0 * (", "test_dpo_loss_by_hand",
