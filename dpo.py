@@ -205,7 +205,7 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
 
 def main(argv=None):
     flags = runs.training_flags(runs.parser(__doc__), batch_size=16, lr=5e-7, epochs=2)
-    flags.set_defaults(precision="fp32")  # at this lr weights move less than bf16 can see: README, "Speed"
+    flags.set_defaults(precision="fp32")  # at this lr weights move less than bf16 can see: SPEED.md
     add = flags.add_argument
     add("--pairs", default=runs.COURSE["pairs"], help="hub name or local folder (%(default)s)")
     add("--beta", type=runs.positive, default=0.1, help="hold of the original: larger moves less (%(default)s)")

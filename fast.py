@@ -2,7 +2,7 @@
 
 Precision (which arithmetic, on which device), log-probs and KL whose gradients are written by hand, and rows in
 parts. Nothing here changes what is computed: test_losses.py holds every piece to the plain form. What each is
-worth: README, "Speed".
+worth: SPEED.md.
 """
 
 import contextlib
