@@ -146,6 +146,9 @@ def judged(read, name, path):
             elif all(nodes):  # it is detached elsewhere
                 verdict = verdict._replace(notes=[note for note in verdict.notes if note != cases.NOT_DETACHED])
         found = verdict._asdict()
+        if verdict.status == "wrong" and not verdict.mistake:
+            text = read.functions[name].text
+            found["notes"] = [*verdict.notes, *(n for n in notes if re.search(rf"\b{n.split('`')[1]}\b", text))]
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == name]
         line = frames[-1].lineno if frames else line
@@ -156,13 +159,16 @@ def judged(read, name, path):
 def raised(read, name, error, notes):
     """The verdict on a function that raises; on one that is not finished, if that is why."""
     text, said = read.functions[name].text, f"{type(error).__name__}: {error}"
-    if type(error).__name__ == "BadAnswer":
-        expected, got = error.args
-        return {"status": "wrong", "mistake": "shape", "expected": expected, "got": got, "notes": []}
-    notes = [note for note in notes if re.search(rf"\b{note.split()[0].split('.')[-1]}\b", f"{text} {said}")]
-    empty = isinstance(error, (NameError, NotImplementedError)) or re.search("NoneType|ellipsis|returns None", said)
-    if "TODO" in text and empty:
+    kind = type(error).__name__
+    said = str(error) if kind == "Unfinished" else said
+    notes = [note for note in notes if re.search(rf"\b{note.split('`')[1]}\b", text)]
+    empty = isinstance(error, (NameError, NotImplementedError)) or re.search("NoneType|ellipsis", said)
+    if str(error) == "returns ..." or ("TODO" in text and (empty or kind == "Unfinished")):
         return {"status": "missing", "mistake": None, "expected": None, "got": None, "notes": [f"still TODO ({said})"]}
+    if kind in ("BadAnswer", "Unfinished"):
+        expected, got = error.args if kind == "BadAnswer" else ("an answer", "None")
+        status = "raises" if "MagicMock" in got else "wrong"
+        return {"status": status, "mistake": "shape", "expected": expected, "got": got, "notes": notes}
     if name == "_get_batch_logps" and isinstance(error, (IndexError, RuntimeError)) and "-100" in str(error):
         notes = ["gather needs real indices: replace the labels of -100 by any token and mask their log-probs"]
     mistake = None
@@ -248,8 +254,8 @@ def check(path, limit=60, judge=None):
         elif unread:
             answer |= {"status": "raises", "line": unread.line}
             answer["got"] = f"SyntaxError: {unread.message}: {unread.text}"
-            if "TODO" in unread.text:
-                answer |= {"status": "missing", "got": None, "notes": [f"still TODO: {unread.text}"]}
+            if "TODO" in unread.piece and re.search("TODO|=$|= *#|^def|^$", unread.text):
+                answer |= {"status": "missing", "got": None, "notes": [f"still TODO: {unread.text}".strip(": ")]}
             answer["cell"] = unread.cell
         found[name] = answer
     return found, read.unread
@@ -297,12 +303,16 @@ def report(path, found, unread):
             yield ""
             yield f"{name}: {verdict['status']}"
         yield from (f"    - {note}" for note in verdict["notes"])
-    for part in unread:
-        yield ""
-        yield f"{place(part._asdict())}: cannot be read, the rest was: {part.message}: {part.text}"
+    yield from unreadable(unread)
     if all(verdict["status"] == "missing" for verdict in found.values()):
         yield ""
         yield "None of the course's functions is there: is this the right file?"
+
+
+def unreadable(unread):
+    for part in unread:
+        yield ""
+        yield f"{place(part._asdict())}: cannot be read, the rest was: {part.message}: {part.text}"
 
 
 def main(argv=None):
@@ -325,6 +335,7 @@ def main(argv=None):
             verdict["notes"] += [place(verdict)] * bool(verdict["cell"])
             del verdict["cell"]
         print(json.dumps({"functions": found}, indent=1))
+        print(*unreadable(unread), sep="\n", end="", file=sys.stderr)
     else:
         print(*report(args.solution, found, unread), sep="\n")
     return int(any(verdict["status"] in ("wrong", "raises") for verdict in found.values()))

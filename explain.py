@@ -119,7 +119,10 @@ class Watch(TorchDispatchMode):
 
 def call(function, given, *arguments):
     """Calls it as the course does; a further parameter without a default gets the stand-in of its name."""
-    parameters = list(inspect.signature(function).parameters.values())[len(arguments) :]
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[len(arguments) :]
+    except ValueError:  # a compiled function has none
+        parameters = []
     more = {p.name: given[p.name] for p in parameters
             if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name in given}
     return function(*arguments, **more)

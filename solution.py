@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import json
 import re
+import tokenize
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +53,8 @@ class Unread(NamedTuple):
     line: int
     cell: int | None
     text: str  # of that line
-    functions: dict  # name -> line of those that are lost with it
+    piece: str  # all of it
+    functions: list  # names of those that are lost with it
 
 
 class Solution(NamedTuple):
@@ -66,8 +68,12 @@ class Solution(NamedTuple):
 
 def pieces(path):
     """-> list of Pieces; ValueError if the file is not what its name says."""
-    text = Path(path).read_text(encoding="utf-8-sig").replace("\r\n", "\n")
-    if Path(path).suffix != ".ipynb":
+    try:
+        with tokenize.open(path) as file:  # knows `# coding: latin-1` and a byte order mark
+            text = file.read()
+    except SyntaxError as error:
+        raise ValueError(f"not a text that can be read: {error.msg}") from None
+    if Path(path).suffix != ".ipynb" and not text.lstrip().startswith("{"):  # some notebooks are called .py
         return [Piece(text, 1, None)]
     try:
         cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
@@ -116,19 +122,20 @@ def read(path):
         if not error:
             take(solution, statements, piece)
             continue
-        lost = {}
         for part in torn(piece):
-            statements, own_error = parsed(part)
-            if own_error:
-                named = [(match[1], match.start()) for match in re.finditer(r"^def (\w+)", part.text, re.M)]
-                lost |= {name: part.line + part.text.count("\n", 0, start) for name, start in named}
-                error = own_error if named else error
+            statements, error = parsed(part)
+            if error:
+                solution.unread.append(unread(part, error))
             else:
                 take(solution, statements, part)
-        row = (error.lineno or piece.line) - piece.line
-        text = "".join(piece.text.split("\n")[row : row + 1]).strip()
-        solution.unread.append(Unread(error.msg, row + piece.line, piece.cell, text, lost))
     return solution
+
+
+def unread(piece, error):
+    """-> Unread of a piece and its SyntaxError."""
+    line = min(error.lineno or piece.line, piece.line + piece.text.count("\n"))
+    text = piece.text.split("\n")[line - piece.line].strip()
+    return Unread(error.msg, line, piece.cell, text, piece.text, re.findall(r"^def (\w+)", piece.text, re.M))
 
 
 def take(solution, statements, piece):
@@ -137,6 +144,9 @@ def take(solution, statements, piece):
     for node in statements:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
             node = named(node)
+        if isinstance(node, ast.Assign) and getattr(node.value, "id", None) in solution.functions:  # f = g
+            names = [name.id for name in node.targets if isinstance(name, ast.Name)]
+            solution.functions.update(dict.fromkeys(names, solution.functions[node.value.id]))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             text = "\n".join(lines[node.lineno - piece.line : node.end_lineno - piece.line + 1])
             solution.functions[node.name] = Function(node, text, piece.cell)
@@ -176,8 +186,10 @@ def execute(solution, given, path):
     namespace, notes = {"__name__": "solution", "__builtins__": builtins, **given}, []
     for node in solution.statements:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            for name, value in imported(node, notes):
-                namespace[name] = value
+            for name, value in imported(node):
+                namespace[name] = given.get(name, value)  # `from torch import *` has a name `device`, too
+                if isinstance(value, MagicMock):
+                    notes.append(f"`{name}` is stood in for: what `{ast.unparse(node)}` names is gone or not installed")
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             define(node, namespace, notes, path)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
@@ -246,14 +258,14 @@ def bare(function, replaced):
                         for arg, value in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
 
 
-def imported(node, notes):
+def imported(node):
     """Yields name, value of an import statement; a stand-in for a module or a name that is not there."""
     if isinstance(node, ast.Import):
         for alias in node.names:
-            whole, top = module(alias.name, notes), alias.name.partition(".")[0]
-            yield (alias.asname, whole) if alias.asname else (top, module(top, []))
+            whole, top = module(alias.name), alias.name.partition(".")[0]
+            yield (alias.asname, whole) if alias.asname else (top, module(top))
         return
-    source = module("." * node.level + (node.module or ""), notes)
+    source = module("." * node.level + (node.module or ""))
     for alias in node.names:
         if alias.name == "*":
             public = getattr(source, "__all__", [name for name in dir(source) if not name.startswith("_")])
@@ -261,17 +273,15 @@ def imported(node, notes):
         elif hasattr(source, alias.name):
             yield alias.asname or alias.name, getattr(source, alias.name)
         else:
-            inner = module(f"{node.module}.{alias.name}", notes)
-            yield alias.asname or alias.name, inner
+            yield alias.asname or alias.name, module(f"{node.module}.{alias.name}")
 
 
-def module(name, notes):
+def module(name):
     """The installed module of that name, else a stand-in. This project's own files are not what was meant."""
     with contextlib.suppress(Exception, SystemExit):
         found = importlib.import_module(name)
         if Path(getattr(found, "__file__", None) or "/").parent != HERE:
             return found
-    notes.append(f"{name} is not installed, or gone from its library: stood in for")
     return MagicMock(name=name)
 
 
