@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import math
+import signal
 from typing import NamedTuple
 
 import torch
@@ -156,6 +157,10 @@ def judge_reinforce(function, given):
     table = of_tokens(scores(policy(whole).logits, kind), whole)
     (expected,) = gradient(rewarded(cases[0].reward, table, whole, *choices), policy.table)
     result = graded(result, found, expected, NO_GRADIENT, "no gradient reaches the policy: it will not learn")
+    graph = getattr(answer[0], "requires_grad", True) if isinstance(answer, (tuple, list)) else True
+    if result.status == "right" and not graph and "compute_kl_divergence" in given:
+        note = "the log-probs that it returns have no graph: no gradient of a KL made of them reaches the policy"
+        return result._replace(status="wrong", mistake="KL without a gradient", notes=(*result.notes, note))
     with contextlib.suppress(Exception):  # a function that wants a reward without a graph is right to
         reward = torch.tensor(REWARDS, requires_grad=True)
         loss, _ = number(call(function, given, 1 * reward, whole.clone(), standins.policy()), "loss")
@@ -171,15 +176,19 @@ def own_log_probs(given, tokens, policy):
     """
     ours = policy(tokens).logits.log_softmax(dim=-1)
     chosen = ours[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    signal.signal(signal.SIGALRM, lambda *_: 1 / 0)
+    signal.alarm(5)  # seconds: it may hang
     try:
         theirs = call(given["compute_reinforce_loss"], given, torch.tensor(REWARDS), tokens, policy)[0]
         for whole in (ours, chosen):
             for first in range(LENGTH):
                 part = whole[:, first : first + theirs.shape[1]]
-                if part.shape == theirs.shape and torch.allclose(part, theirs, atol=1e-3):
+                if part.shape == theirs.shape and torch.allclose(part, theirs, atol=1e-3) and theirs.requires_grad:
                     return theirs
     except Exception:
         pass  # it is judged elsewhere
+    finally:
+        signal.alarm(0)
     return ours
 
 
@@ -215,7 +224,7 @@ FORMS = [  # of (B, T, V) log-probs p of the policy and q of the original, the t
     wrong("log forgotten", lambda p, q, *_: (q.exp() * (q - p.exp())).sum(dim=-1)),
     wrong("log forgotten", lambda p, q, *_: (p.exp() * (p - q.exp())).sum(dim=-1)),
     wrong("log_target forgotten", lambda p, q, *_: q.log().sum(dim=-1)),
-    wrong("the original against itself", lambda p, q, *_: 0 * q.sum(dim=-1)),
+    wrong("compared with itself", lambda p, q, *_: 0 * q.sum(dim=-1)),
 ]
 LATE = "KL at columns 10 to {}, the forecasts of tokens 11 to {}; that of the first token written is at 9 (left open)"
 WHERE = [
@@ -224,7 +233,8 @@ WHERE = [
     right((0, 29), "KL at 29 positions, the prompt's included (left open)"),
     right((9, 30), "KL at the completion's positions and at the one after its last token (left open)"),
     right((10, 30), LATE.format(29, 30)),
-    right((10, 29), LATE.format(28, 29)),
+    wrong("off by one at the prompt", (10, 29)),
+    wrong("off by one at the prompt", (8, 29)),
     wrong("only prompt positions in the KL", (0, 9)),
     wrong("only prompt positions in the KL", (0, 10)),
 ]
@@ -245,6 +255,7 @@ HOW = [
     right(lambda kl, mask: kl.mean(), "averaged over the positions, those left out counted as 0 (left open)"),
     right(lambda kl, mask: kl.sum(), "summed over rows and positions: an alpha depends on the batch size (left open)"),
     wrong("batchmean over the wrong axis", lambda kl, mask: kl.sum(dim=0).mean()),
+    wrong("the ragged last batch", lambda kl, mask: kl.sum() / 32),
     wrong("mean over the vocabulary, too", lambda kl, mask: kl.mean() / standins.VOCABULARY),
     wrong("mean over the vocabulary, too", lambda kl, mask: kl.sum(dim=-1).mean() / standins.VOCABULARY),
 ]
@@ -280,8 +291,6 @@ def judge_kl(function, given):
         tokens, computed = case
         return [divergence(computed(form), tokens, *choices).item()]
 
-    if not theirs.requires_grad:
-        notes = (*notes, "the log-probs that compute_reinforce_loss returns have no graph")
     if into_original is not None and into_original.norm() > 0:
         notes = (*notes, "a gradient for the original is computed, for nothing: torch.no_grad() saves memory")
     result, meant = verdict(KL, predict, cases, got, watched, notes)
@@ -328,7 +337,11 @@ OUTER = [
     wrong("sigmoid forgotten", lambda margin: -margin),
     wrong("mean before the sigmoid", lambda margin: -F.logsigmoid(margin.mean())),
 ]
-PAIRS = [right(torch.mean), wrong("sum for mean over the batch", torch.sum)]
+PAIRS = [
+    right(torch.mean),
+    wrong("sum for mean over the batch", torch.sum),
+    wrong("the ragged last batch", lambda losses: losses.sum() / 16),
+]
 DPO = [RATIOS, BETAS, OUTER, PAIRS]
 
 
@@ -591,10 +604,14 @@ def judge_reward(function, given):
     names = ("tokenizer", "model", "reward_tokenizer", "reward_model")
     parts = [given[name] for name in names]
     reviews, (tokenizer, model, reader, scorer) = standins.reviews(), parts
-    answers = []
+    answers, batch = [], list(reviews)
     for seed in (0, 1):
         torch.manual_seed(seed)
-        answers.append(unfinished(call(function, given, list(reviews), *parts)))
+        try:
+            answers.append(unfinished(call(function, given, batch, *parts)))
+        except (TypeError, KeyError):  # perhaps it takes rows of the data set, not texts
+            batch = {"text": list(reviews), "label": [0] * len(reviews)}
+            answers.append(unfinished(call(function, given, batch, *parts)))
     if not isinstance(answers[0], (tuple, list)) or len(answers[0]) != 3:
         raise BadAnswer("reward, output_tokens, generated", shapes(answers[0]))
     if model.training or scorer.training:
@@ -639,6 +656,8 @@ def judge_reward(function, given):
     if mistake:
         both = mistake if result.status == "right" else f"{mistake} + {result.mistake or 'another reward'}"
         return result._replace(status="wrong", mistake=both, expected=expected, got=got)
+    if isinstance(batch, dict):
+        return result._replace(notes=(*result.notes, "it takes rows of the data set; the course's a list of texts"))
     if torch.equal(tokens, answers[1][1]):
         result = result._replace(notes=(*result.notes, "two calls write the same: a seed is set inside"))
     try:

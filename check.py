@@ -82,7 +82,7 @@ MEANING = {
     "sigmoid forgotten": "minus the margin itself: without the sigmoid nothing ever is enough",
     "the weights p forgotten": "a sum of log-ratios, not weighted with p",
     "log_target forgotten": "F.kl_div takes its second argument for probabilities unless log_target=True",
-    "the original against itself": "it is always 0: the original is compared with itself",
+    "compared with itself": "it is always 0: a model is compared with itself",
     "only prompt positions in the KL": "the KL is taken where nothing was written",
     "prompt counted from the row's start": "the prompt is taken from the row's first column, where the padding is",
     "the completion is hidden instead of the prompt": "prompt and completion are exchanged",
@@ -159,22 +159,35 @@ def judged(read, name, path):
 def raised(read, name, error, notes):
     """The verdict on a function that raises; on one that is not finished, if that is why."""
     text, said = read.functions[name].text, f"{type(error).__name__}: {error}"
-    kind = type(error).__name__
+    kind, said = type(error).__name__, said.splitlines()[0][:200]
     said = str(error) if kind == "Unfinished" else said
     notes = [note for note in notes if re.search(rf"\b{note.split('`')[1]}\b", text)]
+    lost = missing_stand_in(read, error)
+    if lost:
+        return {"status": "not judged", "mistake": None, "expected": None, "got": None, "notes": [lost, *notes]}
     empty = isinstance(error, (NameError, NotImplementedError)) or re.search("NoneType|ellipsis", said)
     if str(error) == "returns ..." or ("TODO" in text and (empty or kind == "Unfinished")):
         return {"status": "missing", "mistake": None, "expected": None, "got": None, "notes": [f"still TODO ({said})"]}
     if kind in ("BadAnswer", "Unfinished"):
-        expected, got = error.args if kind == "BadAnswer" else ("an answer", "None")
-        status = "raises" if "MagicMock" in got else "wrong"
-        return {"status": status, "mistake": "shape", "expected": expected, "got": got, "notes": notes}
+        expected, got = error.args if kind == "BadAnswer" else ("an answer", str(error).removeprefix("returns "))
+        return {"status": "wrong", "mistake": "shape", "expected": expected, "got": got, "notes": notes}
     if name == "_get_batch_logps" and isinstance(error, (IndexError, RuntimeError)) and "-100" in str(error):
         notes = ["gather needs real indices: replace the labels of -100 by any token and mask their log-probs"]
     mistake = None
     if name == "compute_reinforce_loss" and "must match the size of tensor" in said:
         mistake, notes = "reward broadcast over tokens", ["a reward (B,) beside log-probs (B, N): reward.unsqueeze(1)"]
     return {"status": "raises", "mistake": mistake, "expected": None, "got": said, "notes": notes}
+
+
+def missing_stand_in(read, error):
+    """What a function needs that only a run of the whole file, or a real model, would have given it; else None."""
+    if isinstance(error, NameError) and not isinstance(error, UnboundLocalError):
+        for node in read.statements:
+            if error.name in solution.targets(node):
+                return f"cannot be judged: it needs `{error.name}`, which line {node.lineno} sets; that is not executed"
+    if isinstance(error, AttributeError) and "'Forecasts' object" in str(error):
+        return f"cannot be judged: it needs model.{error.name}, which the stand-in has not"
+    return "cannot be judged: it needs something that is stood in for" if "MagicMock" in str(error) else None
 
 
 def pads_right(read):
@@ -190,6 +203,7 @@ def work(path, name, answers):
     for descriptor in (0, 1, 2):
         os.dup2(silence, descriptor)
     sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != solution.HERE]
+    sys.path.append(str(Path(path).resolve().parent))  # for what stands beside the solution
     import standins
 
     standins.no_accelerator()
@@ -251,12 +265,19 @@ def check(path, limit=60, judge=None):
             else:
                 answer |= {"status": "not judged", "notes": [f"{sign} (line {line})" for line, sign in trouble[name]]}
             answer["cell"] = read.functions[name].cell
+        elif unread and name in NOT_JUDGED:
+            answer |= {"status": "not judged", "line": unread.line, "cell": unread.cell,
+                       "notes": [f"it cannot be read: {unread.message}: {unread.text}"]}
         elif unread:
             answer |= {"status": "raises", "line": unread.line}
             answer["got"] = f"SyntaxError: {unread.message}: {unread.text}"
             if "TODO" in unread.piece and re.search("TODO|=$|= *#|^def|^$", unread.text):
                 answer |= {"status": "missing", "got": None, "notes": [f"still TODO: {unread.text}".strip(": ")]}
             answer["cell"] = unread.cell
+        else:
+            inner = [node for statement in read.statements for node in ast.walk(statement)
+                     if isinstance(node, ast.FunctionDef) and node.name == name]
+            answer["notes"] = [f"there is one inside of another definition (line {node.lineno})" for node in inner]
         found[name] = answer
     return found, read.unread
 
@@ -303,16 +324,12 @@ def report(path, found, unread):
             yield ""
             yield f"{name}: {verdict['status']}"
         yield from (f"    - {note}" for note in verdict["notes"])
-    yield from unreadable(unread)
-    if all(verdict["status"] == "missing" for verdict in found.values()):
-        yield ""
-        yield "None of the course's functions is there: is this the right file?"
-
-
-def unreadable(unread):
     for part in unread:
         yield ""
         yield f"{place(part._asdict())}: cannot be read, the rest was: {part.message}: {part.text}"
+    if all(verdict["status"] == "missing" for verdict in found.values()):
+        yield ""
+        yield "None of the course's functions is there: is this the right file?"
 
 
 def main(argv=None):
@@ -335,7 +352,6 @@ def main(argv=None):
             verdict["notes"] += [place(verdict)] * bool(verdict["cell"])
             del verdict["cell"]
         print(json.dumps({"functions": found}, indent=1))
-        print(*unreadable(unread), sep="\n", end="", file=sys.stderr)
     else:
         print(*report(args.solution, found, unread), sep="\n")
     return int(any(verdict["status"] in ("wrong", "raises") for verdict in found.values()))

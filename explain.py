@@ -46,8 +46,12 @@ class Verdict(NamedTuple):
 def close(found, expected):
     """Lists of numbers, equal up to rounding; nan is nan, infinite is infinite."""
     return len(found) == len(expected) and all(
-        math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5) or (math.isnan(a) and math.isnan(b))
+        math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) or (math.isnan(a) and math.isnan(b))
         for a, b in zip(found, expected, strict=True))
+
+
+def exactly(found, expected):
+    return all(math.isclose(a, b, rel_tol=3e-6, abs_tol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
 def nearly(found, expected):
@@ -81,11 +85,12 @@ def verdict(axes, predict, cases, got, watched=None, notes=()):
     notes = (*(choice.name for choice in meant if choice.name), *notes)
     mistakes = list(dict.fromkeys(choice.name for choice in reversed(found) if choice.wrong))
     mistakes = ONE_CAUSE.get(frozenset(mistakes), mistakes)
-    if combination and not mistakes and not (watched and watched.dropped()):
+    exact = explain([[choice] for choice in meant], predict, cases, got, exactly)
+    if combination and not mistakes and not (watched and (watched.dropped() or (watched.low and not exact))):
         return Verdict("right", None, *said(expected, got, 0), notes), meant
     if watched and watched.dropped():
         mistakes = ["dropout on"]
-    elif combination is None and watched and watched.low and explain(free, predict, cases, got, nearly):
+    elif not mistakes and watched and watched.low and explain(free, predict, cases, got, nearly):
         mistakes = ["softmax in bf16"]
     differs = next((i for i, (e, g) in enumerate(zip(expected, got, strict=True)) if not close(e, g)), 0)
     return Verdict("wrong", " + ".join(mistakes) or None, *said(expected, got, differs), notes), meant
@@ -149,7 +154,9 @@ def number(answer, what):
     answer = answer.get("loss", answer) if isinstance(answer, dict) else answer
     parts = unfinished(answer) if isinstance(answer, (tuple, list)) else [unfinished(answer)]
     for part in reversed(parts):
-        if isinstance(part, (int, float)):
+        if isinstance(part, int):
+            raise Unfinished(f"returns {part}")
+        if isinstance(part, float):
             return torch.tensor(float(part)), ("a Python number: no gradient can flow through it",)
         if isinstance(part, torch.Tensor) and part.numel() == 1:
             return part.reshape(()), ()
@@ -164,7 +171,7 @@ def shapes(answer):
         return f"a tensor {tuple(answer.shape)}"
     if isinstance(answer, (tuple, list)):
         return "(" + ", ".join(map(shapes, answer[:4])) + (", ...)" if len(answer) > 4 else ")")
-    return {None: "None", ...: "..."}.get(answer) if answer in (None, ...) else f"a {type(answer).__name__}"
+    return {None: "None", ...: "..."}.get(answer) if answer in (None, ...) else type(answer).__name__
 
 
 def gradient(loss, *leaves):

@@ -50,13 +50,17 @@ def mean_of_means(function):
         used, weighed = names_in(node.value), any(isinstance(part.op, ast.Mult) for part in walk(node.value, ast.BinOp))
         if adds and used & {"mean", "item"} and not used & {"sum", "len", "size", "shape"} and not weighed:
             yield node.lineno, (f"the ragged last batch: `{ast.unparse(node)}` counts a smaller last batch like a "
-                                "whole one; weigh each mean by its rows")
+                                "whole one; weigh each mean by its rows (and divide by the number of rows, not before)")
 
 
 def kept_graph(train, reward):
     """A reward that reaches the loss with its graph."""
     loose = {"detach", "no_grad", "inference_mode", "data", "tolist", "numpy"}
+    thrown_away = [node.value for node in walk(train, ast.Expr) if isinstance(node.value, ast.Call)]
     used = names_in(train) | names_in(reward) if train and reward else loose
+    detached = [node for node in calls(train, "detach") if node not in thrown_away]
+    if not detached and not calls(reward, "detach"):  # a bare `reward.detach()` does nothing
+        used = used - {"detach"}
     if calls(train, "compute_reward_for_mini_batch") and not used & loose:
         yield train.lineno, ("gradient into the reward: nothing detaches it, so the backward pass goes through the "
                              "reward model, too")

@@ -29,7 +29,8 @@ PLAIN = (ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.Bi
          ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)  # a constant: nothing in it is called...
 HARMLESS = ("dict", "list", "tuple", "set", "range", "int", "float", "str", "bool", "len", "min", "max", "sum", "abs",
             "round", "sorted", "GenerationConfig", "KLDivLoss", "CrossEntropyLoss", "NLLLoss", "LogSoftmax", "Softmax",
-            "LogSigmoid", "Sigmoid")  # ... but these
+            "LogSigmoid", "Sigmoid", "partial", "defaultdict", "Counter", "OrderedDict", "SimpleNamespace", "tensor",
+            "arange", "zeros", "ones", "log", "exp", "sqrt")  # ... but these
 
 
 class Piece(NamedTuple):
@@ -73,6 +74,8 @@ def pieces(path):
             text = file.read()
     except SyntaxError as error:
         raise ValueError(f"not a text that can be read: {error.msg}") from None
+    if "\0" in text:
+        raise ValueError("not a text that can be read: it has null bytes")
     if Path(path).suffix != ".ipynb" and not text.lstrip().startswith("{"):  # some notebooks are called .py
         return [Piece(text, 1, None)]
     try:
@@ -99,8 +102,6 @@ def parsed(piece):
             while goes_on and row + 1 < len(lines):
                 row += 1
                 goes_on, lines[row] = lines[row].rstrip().endswith("\\"), ""
-        except ValueError as error:  # a nul byte
-            return None, SyntaxError(str(error), ("", piece.line, 0, ""))
 
 
 def torn(piece):
@@ -193,16 +194,28 @@ def execute(solution, given, path):
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             define(node, namespace, notes, path)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [target.id for target in targets if isinstance(target, ast.Name)]
-            if len(names) < len(targets) or any(name in given for name in names):
+            names = targets(node)
+            if not names or any(name in given for name in names):
                 continue
-            if plain(node.value):
+            if plain(node.value) or called(node.value) in bare_classes(solution):
                 with contextlib.suppress(Exception):  # a name in it that nothing has set: so is this one
                     run(node, namespace, path)
             else:
                 namespace |= {name: given[role] for name in names if (role := role_of(name, node.value)) in given}
     return namespace, notes
+
+
+def targets(node):
+    """Names that a statement of the top level sets; [] if it sets something else, too."""
+    found = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    found = [part for each in found for part in (each.elts if isinstance(each, (ast.Tuple, ast.List)) else [each])]
+    return [part.id for part in found] if all(isinstance(part, ast.Name) for part in found) else []
+
+
+def bare_classes(solution):
+    """Classes that hold constants: to make one executes nothing of the solution's."""
+    return [node.name for node in solution.statements if isinstance(node, ast.ClassDef)
+            and not any(isinstance(part, ast.FunctionDef) for part in node.body)]
 
 
 def run(node, namespace, path):
@@ -222,8 +235,11 @@ def define(node, namespace, notes, path):
         bare(function, lambda name, value: value if plain(value) else standing_for(name, value, namespace))
     try:
         run(node, namespace, path)
+        lost = isinstance(namespace[node.name], MagicMock) and "its decorator is not there"
     except Exception as error:
-        notes.append(f"line {node.lineno}, {node.name}: {type(error).__name__}: {error}")
+        lost = f"{type(error).__name__}: {error}"
+    if lost:
+        notes.append(f"`{node.name}` is defined without decorators and defaults: {lost}")
         node.decorator_list = []
         for function in functions:
             bare(function, lambda name, value: ast.Constant(None))
@@ -239,8 +255,9 @@ def plain(value):
 
 
 def called(node):
-    """The last name of what a call calls."""
-    return getattr(node.func, "attr", None) or getattr(node.func, "id", None)
+    """The last name of what a call calls; None for what is no call."""
+    function = getattr(node, "func", None)
+    return getattr(function, "attr", None) or getattr(function, "id", None)
 
 
 def standing_for(name, value, namespace):

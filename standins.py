@@ -45,6 +45,8 @@ class Forecasts(torch.nn.Module):
         table = torch.full((16, VOCABULARY), -40.0)  # what is no word: e^-40
         for row in range(16):
             table[row, WORDS] = -torch.log(torch.tensor(2.0)) * BITS.roll(-row)
+        words = torch.zeros(VOCABULARY, dtype=torch.bool).index_fill(0, WORDS, True)
+        table -= torch.arange(16).unsqueeze(1) * ~words  # or the sum of all log-probs would be the same in all rows
         table += torch.arange(16).unsqueeze(1) / 4 + 1  # logits are log-probabilities only up to a constant
         self.table = torch.nn.Parameter(table)
         self.eval()
@@ -126,7 +128,14 @@ def tokenizer():
     bare = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = dict.fromkeys(("eos_token", "bos_token", "pad_token"), "<|endoftext|>")
-    return PreTrainedTokenizerFast(tokenizer_object=bare, padding_side="left", model_max_length=1024, **ends)
+    return with_old_names(
+        PreTrainedTokenizerFast(tokenizer_object=bare, padding_side="left", model_max_length=1024, **ends))
+
+
+def with_old_names(tokenizer):
+    """A tokenizer with the methods that transformers 5 no longer has, and the course's version had."""
+    tokenizer.batch_encode_plus = tokenizer.encode_plus = tokenizer.__call__
+    return tokenizer
 
 
 def writer():
@@ -149,7 +158,7 @@ def writer():
 def scorer():
     """-> a DistilBERT with random weights whose P(positive) depends on the text, its tokenizer."""
     torch.manual_seed(4)
-    reader = toy.scorer_tokenizer(reviews())
+    reader = with_old_names(toy.scorer_tokenizer(reviews()))
     model = toy.new_classifier(reader, toy.Size(*[0] * 4, 0, 32, 2, 0, 0)).eval()
     with torch.no_grad():
         for weight in model.parameters():
