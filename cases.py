@@ -169,12 +169,11 @@ def judge_reinforce(function, given):
     return result
 
 
-def own_log_probs(given, tokens, policy):
+def own_log_probs(given, tokens, policy, ours):
     """What a solution's compute_reinforce_loss hands to its compute_kl_divergence, if that is of any use, else ours.
 
     It is if it holds the right log-probs: of all words, or of the chosen ones, at some columns in a row.
     """
-    ours = policy(tokens).logits.log_softmax(dim=-1)
     chosen = ours[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
     signal.signal(signal.SIGALRM, lambda *_: 1 / 0)
     signal.alarm(5)  # seconds: it may hang
@@ -272,12 +271,14 @@ def divergence(form, tokens, where, ends, how, sign):
 
 def judge_kl(function, given):
     whole = standins.rows()
-    cases, got, watched = [], [], Watch()
+    cases, got, watched, use_own = [], [], Watch(), True
     for tokens in (whole, standins.ended(whole, STOPPED)):
         policy, original = standins.policy(), standins.original()
         given |= {"model": policy, "orig_model": original}  # some use the globals
         watched.models.append(original)
-        theirs = own_log_probs(given, tokens.clone(), policy)
+        ours = policy(tokens).logits.log_softmax(dim=-1)
+        theirs = own_log_probs(given, tokens.clone(), policy, ours) if use_own else ours
+        use_own = theirs is not ours
         kl, notes = number(watched.call(function, given, theirs, tokens.clone(), original), "KL")
         got.append([kl.item()])
         with torch.no_grad():

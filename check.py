@@ -362,3 +362,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit("check.py: interrupted")
+    except BrokenPipeError:  # | head
+        os._exit(1)
