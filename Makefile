@@ -179,7 +179,7 @@ test: | $(DEV) ## everything that CI runs but lint; no network, no GPU
 lint: | $(DEV) ## style and unused names
 	$(PYTHON) -m ruff check .
 
-mutants: | $(DEV) ## does a test fail for every small change of the mathematics? (ten minutes)
+mutants: | $(DEV) ## does a test fail for every small change of the mathematics? (four minutes)
 	OMP_NUM_THREADS=1 $(PYTHON) mutate.py $(FLAGS)
 
 bench: | $(VENV) $(VENV:ready=ready-bench) ## speed and memory against the course's way and TRL (ten minutes on two cores)

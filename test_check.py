@@ -72,6 +72,8 @@ def confusion():
         counts = [f"{len(judged)} of {len(judged)}"] * bool(judged)
         counts += [f"{len(seen)} of {len(seen)}, as a sign"] * bool(seen)
         yield f"| {name} | {', '.join(dict.fromkeys(judged + seen))} | {', '.join(counts)} |"
+    for note, function, *_ in OPEN:
+        yield f"| (left open) {note} | `{function}` | right, with this note |"
 
 
 def test_the_readmes_confusion_table_is_that_of_these_tests():
