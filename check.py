@@ -3,10 +3,11 @@
     make check SOLUTION=A3.py
     python check.py A3.ipynb --json
 
-The functions are found by the course's names and called on cases known on paper (cases.py). A wrong answer is compared
-with what each usual mistake would give, and named after it. The file is not run as a whole (solution.py), but its
-functions are: a stranger's code runs with your rights, in a child process for each function, with a time limit. That
-stops accidents, not malice. Exit code 1: a judged function is wrong or raises; 2: the file cannot be read.
+The functions are found by the course's names and called on cases known on paper (cases.py, cases_inputs.py). A wrong
+answer is compared with what each usual mistake would give (explain.py), and named after it. The file is not run as a
+whole (solution.py), but its functions are: a stranger's code runs with your rights, in a child process for each
+function, with a time limit. That stops accidents, not malice.
+Exit code 1: a judged function is wrong or raises; 2: the file cannot be read.
 """
 
 import argparse
@@ -128,6 +129,7 @@ MEANING = {
 def judged(read, name, path):
     """-> {"status", "mistake", "expected", "got", "line", "notes"} of one function. Executes the solution's code."""
     import cases
+    import cases_inputs
     import standins
 
     given = standins.given(name)
@@ -135,9 +137,9 @@ def judged(read, name, path):
     function, line = namespace.get(name), read.functions[name].node.lineno
     try:
         if name == "create_labels_from_attention_mask" and pads_right(read):
-            verdict = cases.judge_labels(function, namespace, "right")
+            verdict = cases_inputs.judge_labels(function, namespace, "right")
         else:
-            verdict = cases.JUDGES[name](function, namespace)
+            verdict = (cases.JUDGES | cases_inputs.JUDGES)[name](function, namespace)
         if cases.NOT_DETACHED in verdict.notes:
             nodes = {other: function.node for other, function in read.functions.items()}
             nodes = nodes.get("train"), nodes.get("compute_reward_for_mini_batch")
@@ -249,7 +251,7 @@ def check(path, limit=60, judge=None):
     """-> {name: verdict} for all of the course's functions. judge(name) -> verdict; by default in a child process."""
     read = solution.read(path)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["check", "cases", "datasets", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["check", "cases_inputs", "datasets", "matplotlib.pyplot"])
     judge = judge or (lambda name: in_child(context, path, name, limit))
     trouble = signs.of({name: function.node for name, function in read.functions.items()})
     found = {}

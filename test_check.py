@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import cases
+import cases_inputs
 import check
 import explain
 import solution
@@ -129,7 +130,7 @@ def test_expected_dpo_losses_are_those_worked_out_by_hand():
     (cases.REINFORCE, cases.predict_reinforce, lambda: [cases.reinforce_case(tokens, standins.REWARDS) for tokens in (
         standins.rows(), standins.ended(standins.rows(), cases.STOPPED))]),
     (cases.DPO, cases.predict_dpo, lambda: cases.DPO_CASES),
-    (cases.LABELS, cases.predict_labels, lambda: ["left"]),
+    (cases_inputs.LABELS, cases_inputs.predict_labels, lambda: ["left"]),
 ])
 def test_no_two_mistakes_give_the_same_numbers(axes, predict, inputs):
     answers, inputs = {}, inputs()
