@@ -65,6 +65,10 @@ ifneq ($(words $(RUNS)),1)
 $(error RUNS is "$(RUNS)": make needs one path without white space here; --out of the scripts takes any path)
 endif
 
+ifeq ($(filter check,$(MAKECMDGOALS))$(SOLUTION),check)
+$(error which file? make check SOLUTION=path/to/A3.py)
+endif
+
 flag = $(if $2,$1 "$2")
 MODELS = $(call flag,--policy,$(POLICY)) $(call flag,--reference,$(POLICY)) \
          $(call flag,--reward-model,$(REWARD_MODEL)) $(call flag,--prompts,$(PROMPTS)) $(SUITED)
@@ -170,7 +174,6 @@ NEW = import sys; sys.exit(sys.version_info < (3, 11))
 	@touch $@
 
 check: | $(VENV) ## what is right and wrong in a solution of the course: make check SOLUTION=A3.py
-	@test -n "$(SOLUTION)" || { echo "error: which file? make check SOLUTION=path/to/A3.py" >&2; exit 2; }
 	@$(PYTHON) check.py "$(SOLUTION)" $(FLAGS)
 
 test: | $(DEV) ## everything that CI runs but lint; no network, no GPU

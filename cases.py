@@ -67,10 +67,15 @@ TOKENS = [
     wrong("mean for sum", "pooled"),
     wrong("mean over padding", "padded"),
 ]
+BASELINE = "less {} as a baseline: less noise, but not the assignment's loss"
 ROWS = [
     right(lambda reward, logps: (reward * logps).mean()),
-    right(lambda reward, logps: ((reward - reward.mean()) * logps).mean(),
-          "the batch's mean reward is taken off: less noise, but not the assignment's loss"),
+    right(lambda reward, logps: ((reward - reward.mean()) * logps).mean(), BASELINE.format("the batch's mean")),
+    right(lambda reward, logps: ((reward - (reward.sum() - reward) / (len(reward) - 1)) * logps).mean(),
+          BASELINE.format("the mean of the others")),
+    right(lambda reward, logps: ((reward - 0.5) * logps).mean(), BASELINE.format("1/2")),
+    right(lambda reward, logps: ((reward - reward.mean()) / reward.std() * logps).mean(), BASELINE.format(
+        "the batch's mean, divided by its standard deviation,")),
     wrong("reward broadcast over tokens", lambda reward, logps: reward.mean() * logps.mean()),
     wrong("reward broadcast over tokens", lambda reward, logps: reward.sum() * logps.mean()),
     wrong("the ragged last batch", lambda reward, logps: (reward * logps).sum() / 32),
@@ -129,7 +134,8 @@ def reinforce_case(tokens, reward):
 
 
 def predict_reinforce(case, kind, *choices):
-    return [rewarded(case.reward, case.tables[kind], case.tokens, *choices).item()]
+    loss = rewarded(case.reward, case.tables[kind], case.tokens, *choices).item()
+    return None if math.isnan(loss) else [loss]
 
 
 REINFORCE = [KINDS, SPANS, ENDS, TOKENS, ROWS, SIGNS]
@@ -209,9 +215,9 @@ FORMS = [  # of (B, T, V) log-probs p of the policy and q of the original, the t
     wrong("KL reversed", lambda p, q, *_: (q.exp() * (q - p)).sum(dim=-1)),
     wrong(SAMPLED, lambda p, q, tokens, _: at_next_token(p - q, tokens)),
     wrong(SAMPLED, lambda p, q, tokens, _: at_own_token(p - q, tokens)),
-    wrong(SAMPLED, lambda p, q, tokens, _: at_next_token((p - q) ** 2 / 2, tokens)),
-    wrong(SAMPLED, lambda p, q, tokens, _: at_next_token((q - p).exp() - 1 - (q - p), tokens)),
-    wrong(SAMPLED, lambda p, q, tokens, _: at_next_token(p.exp() * (p - q), tokens)),
+    wrong("KL sampled, squared", lambda p, q, tokens, _: at_next_token((p - q) ** 2 / 2, tokens)),
+    wrong("KL sampled, k3", lambda p, q, tokens, _: at_next_token((q - p).exp() - 1 - (q - p), tokens)),
+    wrong("only the sampled word in the KL", lambda p, q, tokens, _: at_next_token(p.exp() * (p - q), tokens)),
     wrong(APART, lambda p, q, *_: (p.exp() * (p - q.roll(-1, dims=1))).sum(dim=-1)),
     wrong(APART, lambda p, q, *_: (p.exp() * (p - q.roll(1, dims=1))).sum(dim=-1)),
     wrong("softmax forgotten", lambda p, q, tokens, logits: (p.exp() * (p - logits)).sum(dim=-1)),
@@ -220,7 +226,7 @@ FORMS = [  # of (B, T, V) log-probs p of the policy and q of the original, the t
     wrong("log-probs as weights", lambda p, q, *_: (p * (p - q)).sum(dim=-1)),
     wrong("log forgotten", lambda p, q, *_: (q.exp() * (q - p.exp())).sum(dim=-1)),
     wrong("log forgotten", lambda p, q, *_: (p.exp() * (p - q.exp())).sum(dim=-1)),
-    wrong("log_target forgotten", lambda p, q, *_: q.log().sum(dim=-1)),
+    wrong("log of a log-probability", lambda p, q, *_: q.log().sum(dim=-1)),
     wrong("compared with itself", lambda p, q, *_: 0 * q.sum(dim=-1)),
 ]
 LATE = "KL at columns 10 to {}, the forecasts of tokens 11 to {}; that of the first token written is at 9 (left open)"
@@ -232,8 +238,8 @@ WHERE = [
     right((10, 30), LATE.format(29, 30)),
     wrong("off by one at the prompt", (10, 29)),
     wrong("off by one at the prompt", (8, 29)),
-    wrong("only prompt positions in the KL", (0, 9)),
-    wrong("only prompt positions in the KL", (0, 10)),
+    wrong("prompt positions in the KL", (0, 9)),  # only these
+    wrong("prompt positions in the KL", (0, 10)),
 ]
 KL_ENDS = [
     right("all"),
@@ -249,6 +255,8 @@ def averaged(kl, mask):
 HOW = [
     right(lambda kl, mask: kl.sum(dim=-1).mean()),
     right(averaged, "averaged over the positions: an alpha must be that many times as large as for a sum (left open)"),
+    right(lambda kl, mask: (kl.sum(dim=-1) / mask.sum(dim=-1)).mean(),
+          "averaged over the positions, row by row: an alpha must be that many times as large as for a sum (open)"),
     right(lambda kl, mask: kl.mean(), "averaged over the positions, those left out counted as 0 (left open)"),
     right(lambda kl, mask: kl.sum(), "summed over rows and positions: an alpha depends on the batch size (left open)"),
     wrong("batchmean over the wrong axis", lambda kl, mask: kl.sum(dim=0).mean()),
@@ -263,7 +271,9 @@ KL = [FORMS, WHERE, KL_ENDS, HOW, KL_SIGNS]
 def divergence(form, tokens, where, ends, how, sign):
     """The KL of one combination of choices. form: (B, T) -> ()"""
     columns = slice(*where)
-    mask = F.pad(masks(tokens)[ends][:, 1:], (0, 1), value=ends == "all")[:, columns]  # t forecasts token t + 1
+    is_eos = tokens == EOS
+    mask = {"all": torch.ones_like(is_eos), "first": is_eos.cumsum(dim=-1) == 0,  # as long as no eos has been read
+            "none": ~F.pad(is_eos[:, 1:], (0, 1), value=True)}[ends][:, columns]  # where no eos is to be forecast
     return sign * how(form[:, columns].masked_fill(~mask, 0.0), mask)
 
 
@@ -360,12 +370,12 @@ def judge_dpo(function, given):
     for logps, beta in DPO_CASES:
         sides = [torch.tensor(side, requires_grad=i < 2) for i, side in enumerate(logps)]
         answer = watched.call(function, given, *(1 * side for side in sides), beta)
-        if isinstance(answer, (tuple, list)):  # losses, chosen rewards, rejected rewards: as others write it
-            answer, notes = answer[0], ("returns a tuple; its first part is taken for the loss",)
-        loss, more = number(answer, "loss")
+        first = answer[0] if isinstance(answer, (tuple, list)) else answer  # others return rewards, too
+        loss, more = number(first, "loss")
         got.append([loss.item()])
-        if beta == 0.1:
-            found, notes = gradient(loss, *sides[:2]), (*notes, *more)
+        if beta == 0.1 and len(got) == 1:
+            found, notes = gradient(loss, *sides[:2]), more
+            notes += ("returns a tuple; its first part is taken for the loss",) * (first is not answer)
     result, meant = verdict(DPO, predict_dpo, DPO_CASES, got, watched, notes)
     if result.status == "wrong" and not result.mistake:
         if close(got[0], got[1]):  # the same pairs at two betas

@@ -218,19 +218,38 @@ def distance(places):
     return torch.maximum((steps - ordered).abs().max(), (steps - 1 / len(ordered) - ordered).abs().max()).item()
 
 
+OTHERWISE = "temperature or top-p left on"
+NEUTRAL = {"temperature": (None, 1), "top_p": (None, 1), "typical_p": (None, 1), "min_p": (None, 0),
+           "repetition_penalty": (None, 1), "no_repeat_ngram_size": (None, 0), "top_k": (None, 0)}
+
+
+def recorded(model):
+    """-> a dict that will hold what the model's generate() is called with, by keyword or in a GenerationConfig."""
+    settings, generate = {}, model.generate
+
+    def watched(*arguments, **keywords):
+        config = keywords.get("generation_config")
+        settings.update(config.to_diff_dict() if config else {}, **keywords)
+        return generate(*arguments, **keywords)
+
+    model.generate = watched
+    return settings
+
+
 def sampling(model, first, second):
     """Tokens of two calls -> name of what is wrong with how they were drawn, or None; expected; got."""
-    ranks, places = drawn(model, first)
+    both = first if torch.equal(first, second) else torch.cat([first, second])
+    ranks, places = drawn(model, both)
     if not ranks.any():
         return "greedy", "tokens drawn from softmax(logits)", "the most likely token, each time"
-    if ranks.max() < 50 and distance(places) > 0.15 and not torch.equal(first, second):
+    if ranks.max() <= 50 and distance(places) > 0.15 and not torch.equal(first, second):
         got = f"only words among the {int(ranks.max()) + 1} most likely, of {len(standins.words())}"
         return "top-k left on", "tokens drawn from softmax(logits)", got
     if distance(places) > 2 / len(places) ** 0.5:  # by chance once in 1,500 times
         if torch.equal(first, second):
             return "not sampled", "another sample at each call", "the same tokens twice, not the most likely ones"
         got = f"likely words too often, the rarest {1 - places.max():.0%} of the probability never"
-        return "temperature or top-p left on", "tokens drawn from softmax(logits)", got
+        return OTHERWISE, "tokens drawn from softmax(logits)", got
     return None, None, None
 
 
@@ -238,14 +257,18 @@ def judge_reward(function, given):
     names = ("tokenizer", "model", "reward_tokenizer", "reward_model")
     parts = [given[name] for name in names]
     reviews, (tokenizer, model, reader, scorer) = standins.reviews(), parts
-    answers, batch = [], list(reviews)
+    answers, batch, settings = [], list(reviews), recorded(model)
     for seed in (0, 1):
         torch.manual_seed(seed)
         try:
             answers.append(unfinished(call(function, given, batch, *parts)))
-        except (TypeError, KeyError):  # perhaps it takes rows of the data set, not texts
-            batch = {"text": list(reviews), "label": [0] * len(reviews)}
-            answers.append(unfinished(call(function, given, batch, *parts)))
+        except (TypeError, KeyError) as error:  # perhaps it takes rows of the data set, not texts
+            for batch in ({"text": list(reviews), "label": [0] * len(reviews)}, [{"text": text} for text in reviews]):
+                with contextlib.suppress(TypeError, KeyError, AttributeError, ValueError):
+                    answers.append(unfinished(call(function, given, batch, *parts)))
+                    break
+            else:
+                raise error
     if not isinstance(answers[0], (tuple, list)) or len(answers[0]) != 3:
         raise BadAnswer("reward, output_tokens, generated", shapes(answers[0]))
     if model.training or scorer.training:
@@ -287,10 +310,15 @@ def judge_reward(function, given):
     row = next((i for i, (e, g) in enumerate(zip(result.expected, result.got, strict=True)) if not close([e], [g])), 0)
     result = result._replace(expected=result.expected[row], got=result.got[row])
     mistake, expected, got = sampling(model, tokens, answers[1][1])
+    bent = {name: value for name, value in settings.items() if value not in NEUTRAL.get(name, (value,))}
+    if bent and not mistake:  # too little to be seen in the samples
+        mistake, expected, got = OTHERWISE, "tokens drawn from softmax(logits)", f"generate() with {bent}"
+    if settings.get("min_new_tokens") or settings.get("min_length"):
+        result = result._replace(notes=(*result.notes, "a minimum length forbids eos, which the model may want to say"))
     if mistake:
         both = mistake if result.status == "right" else f"{mistake} + {result.mistake or 'another reward'}"
         return result._replace(status="wrong", mistake=both, expected=expected, got=got)
-    if isinstance(batch, dict):
+    if batch != reviews:
         return result._replace(notes=(*result.notes, "it takes rows of the data set; the course's a list of texts"))
     if torch.equal(tokens, answers[1][1]):
         result = result._replace(notes=(*result.notes, "two calls write the same: a seed is set inside"))

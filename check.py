@@ -15,11 +15,15 @@ import ast
 import contextlib
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import signal
 import sys
+import threading
+import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import signs
@@ -36,8 +40,10 @@ MEANING = {
     "_get_batch_logps: sign": "the sign is flipped: these are minus the log-probabilities",
     "no shift": "the forecasts are not shifted: those in column t are for token t + 1",
     "logits shifted instead of targets": "shifted the wrong way: each token is looked up two forecasts too late",
-    "off by one at the prompt": "the border of prompt and completion is off by one",
-    "first eos dropped": "eos tokens are left out: the decision to stop is never trained (masks by `!= pad` do that)",
+    "off by one at the prompt": "the border of prompt and completion is off by one: the first token written is left "
+                                "out, or the prompt's last one is in",
+    "first eos dropped": "eos tokens are left out: the decision to stop is never trained (masks of targets by "
+                         "`!= pad` do that)",
     "padding kept": "padding is counted, where the mask should hide it",
     "mask one column late": "the mask is one column late: it was made for tokens, and used on what is shifted by one",
     "mask one column early": "the mask is one column early",
@@ -51,8 +57,13 @@ MEANING = {
     "gradient into the reward": "the reward keeps its graph, here and in train: detach it",
     "KL reversed": "KL(original ‖ policy) instead of KL(policy ‖ original); F.kl_div's arguments are (q, p)",
     "KL negated": "the KL is negated: minimising it drives the policy away",
-    "KL sampled and back-propagated": "log-ratios of the sampled tokens: the value is the KL on average, but the "
-                                      "gradient is not (for the plain log-ratio it is 0 on average)",
+    "KL sampled and back-propagated": "log-ratios of the sampled tokens: their mean is the KL, but the mean of their "
+                                      "gradient is 0",
+    "KL sampled, squared": "half the squared log-ratio of the sampled tokens: its gradient is that of the KL on "
+                           "average, its value is not the KL; the exact sum over the vocabulary has less noise",
+    "KL sampled, k3": "q/p - 1 - log(q/p) of the sampled tokens: its value is the KL on average, its gradient that of "
+                      "KL(original ‖ policy)",
+    "only the sampled word in the KL": "p log(p/q) of the sampled token only: the sum over the vocabulary is missing",
     "KL without a gradient": "the penalty has no gradient: it changes nothing",
     "without a gradient": "no gradient reaches the policy: it will not learn",
     "another gradient": "the value is right, but its gradient is not that of the value",
@@ -62,11 +73,12 @@ MEANING = {
     "chosen and rejected swapped": "chosen and rejected are swapped: it prefers what it should not",
     "beta forgotten": "beta is not used",
     "reference forgotten": "the reference's log-probs are not in it",
-    "log(sigmoid)": "log(sigmoid(x)) is -inf for a large negative x: use F.logsigmoid",
+    "log(sigmoid)": "log(sigmoid(x)) is -inf for a large negative x, and log(1 + exp(-x)) overflows: "
+                    "use F.logsigmoid",
     "log forgotten": "probabilities, where log-probabilities are needed",
     "softmax forgotten": "raw logits, where a softmax is needed",
     "softmax over the wrong axis": "the softmax is over another axis than the vocabulary's",
-    "softmax in bf16": "computed in half precision: log-probs are off by up to a nat on 100 tokens; use .float() first",
+    "softmax in bf16": "computed in half precision: log-probs are off by a nat or so on 100 tokens; use .float() first",
     "misaligned gather": "forecasts and tokens that do not belong together: gather does not complain about an index "
                          "that is shorter than its input",
     "dropout on": "the model is in training mode: its forecasts are no longer those that were sampled from",
@@ -82,9 +94,10 @@ MEANING = {
     "divided by beta": "the margin is divided by beta",
     "sigmoid forgotten": "minus the margin itself: without the sigmoid nothing ever is enough",
     "the weights p forgotten": "a sum of log-ratios, not weighted with p",
-    "log_target forgotten": "F.kl_div takes its second argument for probabilities unless log_target=True",
+    "log of a log-probability": "it is nan: the log of something negative; F.kl_div takes that log by itself unless "
+                                "log_target=True",
     "compared with itself": "it is always 0: a model is compared with itself",
-    "only prompt positions in the KL": "the KL is taken where nothing was written",
+    "prompt positions in the KL": "the KL is taken where nothing was written",
     "prompt counted from the row's start": "the prompt is taken from the row's first column, where the padding is",
     "the completion is hidden instead of the prompt": "prompt and completion are exchanged",
     "P(negative)": "the probability of the other label",
@@ -115,8 +128,8 @@ MEANING = {
     "not sampled": "two calls give the same text",
     "another reward": "the reward is not P(positive) of the text",
     "greedy": "the most likely token each time, not a sample: do_sample=True",
-    "top-k left on": "only the likeliest words are drawn: generate(do_sample=True) keeps top_k=50 unless told top_k=0, "
-                     "so what is scored is not what was sampled from",
+    "top-k left on": "only the likeliest words are drawn: generate(do_sample=True), the assignment's own hint, keeps "
+                     "top_k=50 unless told top_k=0, so what is scored is not what was sampled from",
     "temperature or top-p left on": "drawn from another distribution than softmax(logits)",
     "length": "another number of tokens than 10 + 20",
     "prompt": "the rows do not begin with the first 10 tokens of their reviews",
@@ -136,17 +149,17 @@ def judged(read, name, path):
     namespace, notes = solution.execute(read, given, path)
     function, line = namespace.get(name), read.functions[name].node.lineno
     try:
-        if name == "create_labels_from_attention_mask" and pads_right(read):
-            verdict = cases_inputs.judge_labels(function, namespace, "right")
-        else:
-            verdict = (cases.JUDGES | cases_inputs.JUDGES)[name](function, namespace)
+        verdict = (cases.JUDGES | cases_inputs.JUDGES)[name](function, namespace)
+        if name == "create_labels_from_attention_mask" and verdict.status == "wrong" and may_pad_right(read):
+            other = cases_inputs.judge_labels(function, namespace, "right")
+            verdict = other if other.status == "right" else verdict
         if cases.NOT_DETACHED in verdict.notes:
             nodes = {other: function.node for other, function in read.functions.items()}
             nodes = nodes.get("train"), nodes.get("compute_reward_for_mini_batch")
-            if verdict.status == "right" and any(signs.kept_graph(*nodes)):
-                verdict = verdict._replace(status="wrong", mistake="gradient into the reward")
-            elif all(nodes):  # it is detached elsewhere
+            if all(nodes) and not (any(signs.kept_graph(*nodes)) and reward_has_graph(read, path)):
                 verdict = verdict._replace(notes=[note for note in verdict.notes if note != cases.NOT_DETACHED])
+            elif all(nodes) and verdict.status == "right":
+                verdict = verdict._replace(status="wrong", mistake="gradient into the reward")
         found = verdict._asdict()
         if verdict.status == "wrong" and not verdict.mistake:
             text = read.functions[name].text
@@ -192,10 +205,28 @@ def missing_stand_in(read, error):
     return "cannot be judged: it needs something that is stood in for" if "MagicMock" in str(error) else None
 
 
-def pads_right(read):
-    """True if the solution sets its tokenizer to pad on the right; the course's pads on the left."""
-    texts = [part.value for node in read.statements for part in ast.walk(node) if isinstance(part, ast.Constant)]
-    return "right" in texts and "left" not in texts
+def reward_has_graph(read, path):
+    """True if the solution's compute_reward_for_mini_batch returns a reward that a backward pass would follow."""
+    import standins
+
+    name = "compute_reward_for_mini_batch"
+    namespace, _ = solution.execute(read, standins.given(name), path)
+    models = [namespace[part] for part in ("tokenizer", "model", "reward_tokenizer", "reward_model")]
+    try:
+        return namespace[name](standins.reviews(), *models)[0].requires_grad
+    except Exception:
+        return False
+
+
+def may_pad_right(read):
+    """True if the solution lets its tokenizer pad on the right at times, as GPT-2's does by itself."""
+    parts = [part for node in read.statements for part in ast.walk(node)]
+    sides = [part.value for part in parts if isinstance(part, ast.keyword) and part.arg == "padding_side"]
+    sides += [part.value for part in parts if isinstance(part, ast.Assign)
+              and any(getattr(target, "attr", "") == "padding_side" for target in part.targets)]
+    texts = [side.value for side in sides if isinstance(side, ast.Constant)]
+    loads = any(isinstance(part, ast.Call) and "Tokenizer" in ast.unparse(part.func) for part in parts)
+    return "right" in texts or (loads and "left" not in texts)
 
 
 def work(path, name, answers):
@@ -204,16 +235,25 @@ def work(path, name, answers):
     silence = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(silence, descriptor)
-    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != solution.HERE]
-    sys.path.append(str(Path(path).resolve().parent))  # for what stands beside the solution
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    import cases_inputs  # noqa: F401  before this project's folder leaves the path
     import standins
 
+    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != solution.HERE]
+    sys.path.append(str(Path(path).resolve().parent))  # for what stands beside the solution
     standins.no_accelerator()
     try:
         answer = judged(solution.read(path), name, path)
     except BaseException as error:  # SystemExit, too: the solution's code may say anything
         answer = failure(f"{type(error).__name__}: {error}")
     answers.send(answer)
+
+
+def end_with_parent(parent):
+    """Ends this process once its parent has ended, whatever the solution is doing: check.py itself may be killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def failure(said, line=None, notes=()):
@@ -252,6 +292,10 @@ def check(path, limit=60, judge=None):
     read = solution.read(path)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["check", "cases_inputs", "datasets", "matplotlib.pyplot"])
+    if not judge:  # Ctrl-C is for this process, which stops the others
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        multiprocessing.forkserver.ensure_running()
+        signal.signal(signal.SIGINT, interrupt)
     judge = judge or (lambda name: in_child(context, path, name, limit))
     trouble = signs.of({name: function.node for name, function in read.functions.items()})
     found = {}
@@ -317,7 +361,9 @@ def report(path, found, unread):
     yield f"{path}"
     yield ""
     for name, verdict in found.items():
-        yield f"  {name:<{width}}  {verdict['status']:<10}  {verdict['mistake'] or ''}".rstrip()
+        signs_seen = f"look: {len(verdict['notes'])} sign(s) of trouble"
+        said = signs_seen if verdict["status"] == "not judged" and verdict["notes"] else verdict["mistake"] or ""
+        yield f"  {name:<{width}}  {verdict['status']:<10}  {said}".rstrip()
     for name, verdict in found.items():
         if verdict["status"] in ("wrong", "raises"):
             yield ""
@@ -326,11 +372,13 @@ def report(path, found, unread):
             yield ""
             yield f"{name}: {verdict['status']}"
         yield from (f"    - {note}" for note in verdict["notes"])
-    for part in unread:
+    for part in (part for part in unread if not part.functions):
         yield ""
         yield f"{place(part._asdict())}: cannot be read, the rest was: {part.message}: {part.text}"
-    if all(verdict["status"] == "missing" for verdict in found.values()):
-        yield ""
+    counts = Counter(verdict["status"] for verdict in found.values())
+    yield ""
+    yield ", ".join(f"{count} {status}" for status, count in counts.items())
+    if counts["missing"] == len(found):
         yield "None of the course's functions is there: is this the right file?"
 
 
@@ -343,12 +391,14 @@ def main(argv=None):
     parser.add_argument("--limit", type=float, default=60, help="seconds that a function may take (%(default)s)")
     args = parser.parse_args(argv)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                   "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}  # for the children
+                   "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(solution.HERE)}  # for the children
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that they are stopped
     sys.stdout.reconfigure(errors="replace")  # for ‖ where the terminal has none
     try:
         found, unread = check(args.solution, args.limit)
     except (OSError, ValueError) as error:
-        parser.error(f"{args.solution}: {getattr(error, 'strerror', None) or error}")
+        print(f"check.py: error: {args.solution}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        return 2
     if args.json:
         for verdict in found.values():
             verdict["notes"] += [place(verdict)] * bool(verdict["cell"])

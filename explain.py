@@ -92,6 +92,10 @@ def verdict(axes, predict, cases, got, watched=None, notes=()):
         mistakes = ["dropout on"]
     elif not mistakes and watched and watched.low and explain(free, predict, cases, got, nearly):
         mistakes = ["softmax in bf16"]
+    pairs = [pair for answers in zip(got, expected, strict=True) for pair in zip(*answers, strict=False)]
+    factors = {round(g / e, 4) for g, e in pairs if e}
+    if not mistakes and len(factors) == 1:
+        notes = (*notes, f"it is {factors.pop():g} times the right number, in every case")
     differs = next((i for i, (e, g) in enumerate(zip(expected, got, strict=True)) if not close(e, g)), 0)
     return Verdict("wrong", " + ".join(mistakes) or None, *said(expected, got, differs), notes), meant
 

@@ -30,7 +30,8 @@ PLAIN = (ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.Bi
 HARMLESS = ("dict", "list", "tuple", "set", "range", "int", "float", "str", "bool", "len", "min", "max", "sum", "abs",
             "round", "sorted", "GenerationConfig", "KLDivLoss", "CrossEntropyLoss", "NLLLoss", "LogSoftmax", "Softmax",
             "LogSigmoid", "Sigmoid", "partial", "defaultdict", "Counter", "OrderedDict", "SimpleNamespace", "tensor",
-            "arange", "zeros", "ones", "log", "exp", "sqrt")  # ... but these
+            "arange", "zeros", "ones", "log", "exp", "sqrt")  # ... but these,
+LIBRARIES = ("builtins", "collections", "functools", "math", "numpy", "torch", "transformers", "types")  # ... from here
 
 
 class Piece(NamedTuple):
@@ -197,7 +198,7 @@ def execute(solution, given, path):
             names = targets(node)
             if not names or any(name in given for name in names):
                 continue
-            if plain(node.value) or called(node.value) in bare_classes(solution):
+            if plain(node.value, namespace) or called(node.value) in bare_classes(solution):
                 with contextlib.suppress(Exception):  # a name in it that nothing has set: so is this one
                     run(node, namespace, path)
             else:
@@ -229,10 +230,11 @@ def define(node, namespace, notes, path):
     functions = [node]
     if isinstance(node, ast.ClassDef):  # its body is executed too, so keep only definitions and constants
         functions = [part for part in node.body if isinstance(part, ast.FunctionDef)]
-        constants = [part for part in node.body if isinstance(part, (ast.Assign, ast.AnnAssign)) and plain(part.value)]
+        constants = [part for part in node.body if isinstance(part, (ast.Assign, ast.AnnAssign))
+                     and plain(part.value, namespace)]
         node.body = [*constants, *functions] or [ast.Pass()]
     for function in functions:  # a default is executed with its definition, so it must be a constant, too
-        bare(function, lambda name, value: value if plain(value) else standing_for(name, value, namespace))
+        bare(function, lambda name, value: value if plain(value, namespace) else standing_for(name, value, namespace))
     try:
         run(node, namespace, path)
         lost = isinstance(namespace[node.name], MagicMock) and "its decorator is not there"
@@ -247,11 +249,21 @@ def define(node, namespace, notes, path):
             run(node, namespace, path)
 
 
-def plain(value):
+def plain(value, namespace):
     """True for a constant: nothing in it is called but what makes a list, a number and the like."""
     parts = [] if value is None else ast.walk(value)
-    return all(isinstance(part, (*PLAIN, ast.keyword)) or (isinstance(part, ast.Call) and called(part) in HARMLESS)
-               for part in parts)
+    return all(isinstance(part, (*PLAIN, ast.keyword)) or harmless(part, namespace) for part in parts)
+
+
+def harmless(node, namespace):
+    """True for the call of a function in HARMLESS that is the library's own, and not one of the solution's."""
+    if called(node) not in HARMLESS or not all(isinstance(part, PLAIN) for part in ast.walk(node.func)):
+        return False
+    try:
+        function = eval(ast.unparse(node.func), namespace)  # a name, or names with dots
+    except Exception:
+        return False
+    return (getattr(function, "__module__", None) or "builtins").partition(".")[0] in LIBRARIES
 
 
 def called(node):

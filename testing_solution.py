@@ -50,7 +50,7 @@ def compute_reward_for_mini_batch(batch, tokenizer, model, reward_tokenizer, rew
                        return_tensors="pt").to(device)
     # TODO: generate
     output_tokens = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=max_new_tokens,
-                                   min_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id)
+                                   pad_token_id=tokenizer.eos_token_id)
     generated = tokenizer.batch_decode(output_tokens, skip_special_tokens=True)
     scored = reward_tokenizer(generated, padding=True, truncation=True, return_tensors="pt").to(device)
     logits = reward_model(**scored).logits
@@ -235,6 +235,7 @@ MISTAKES = [
     ("softmax in bf16", "compute_reinforce_loss", (LOG_PROBS, "log_probs = F.log_softmax(logits.bfloat16(), dim=-1)")),
     ("dropout on", "compute_reinforce_loss", ("logits = model(output", "logits = model.train()(output")),
     ("without a gradient", "compute_reinforce_loss", (CHOSEN, "chosen = log_probs.detach()" + CHOSEN[18:])),
+    ("another gradient", "compute_reinforce_loss", (LOSS, LOSS + "\n    loss = loss / 2 + loss.detach() / 2")),
     ("gradient into the reward", "compute_reinforce_loss", (LOSS, LOSS.replace(".detach()", "")),
      ("        reward = reward.detach()\n", ""), ("@torch.no_grad()\n", "")),
     ("KL reversed", "compute_kl_divergence", (KL, "kl = (log_q.exp() * (log_q - log_p)).sum(-1)")),
@@ -243,6 +244,13 @@ MISTAKES = [
     ("KL negated", "compute_kl_divergence", (KL, "kl = (log_p.exp() * (log_q - log_p)).sum(-1)")),
     ("KL sampled and back-propagated", "compute_kl_divergence",
      (KL, "kl = (log_p - log_q).gather(-1, output_tokens[:, 10:, None]).squeeze(-1)")),
+    ("KL sampled, squared", "compute_kl_divergence",
+     (KL, "kl = (log_p - log_q).gather(-1, output_tokens[:, 10:, None]).squeeze(-1) ** 2 / 2")),
+    ("KL sampled, k3", "compute_kl_divergence",
+     (KL, "x = (log_q - log_p).gather(-1, output_tokens[:, 10:, None]).squeeze(-1)\n    kl = x.exp() - 1 - x")),
+    ("log of a log-probability", "compute_kl_divergence",
+     (KL, 'kl = F.kl_div(log_q, log_p, reduction="none").sum(-1)')),
+    ("prompt positions in the KL", "compute_kl_divergence", (WHERE, WHERE.replace("9:-1", ":9"))),
     ("KL without a gradient", "compute_kl_divergence", (KL, KL.replace("log_p", "log_p.detach()"))),
     ("KL without a gradient", "compute_kl_divergence", (KL, KL.replace("log_p.exp()", "log_p.exp().detach()"))),
     ("batchmean over the wrong axis", "compute_kl_divergence", ("return kl.sum(-1).mean()", "return kl.sum(0).mean()")),
@@ -293,12 +301,12 @@ MISTAKES = [
     ("top-k left on", "compute_reward_for_mini_batch", ("top_k=0, ", "")),
     ("temperature or top-p left on", "compute_reward_for_mini_batch", ("top_k=0, ", "top_k=0, temperature=0.7, ")),
     ("temperature or top-p left on", "compute_reward_for_mini_batch", ("top_k=0, ", "top_k=0, top_p=0.9, ")),
+    ("temperature or top-p left on", "compute_reward_for_mini_batch", ("top_k=0, ", "top_k=0, temperature=0.95, ")),
     ("padding kept", "compute_reward_for_mini_batch", ("reward_model(**scored)", 'reward_model(scored["input_ids"])')),
     ("dropout on", "compute_reward_for_mini_batch", ("    # TODO: generate", "    model.train()")),
     ("the completion alone is scored", "compute_reward_for_mini_batch",
      ("batch_decode(output_tokens,", "batch_decode(output_tokens[:, 10:],")),
-    ("length", "compute_reward_for_mini_batch", ("max_new_tokens=max_new_tokens,\n", "max_length=max_new_tokens,\n"),
-     ("min_new_tokens=max_new_tokens, ", "")),
+    ("length", "compute_reward_for_mini_batch", ("max_new_tokens=max_new_tokens,\n", "max_length=max_new_tokens,\n")),
     ("P(negative)", "compute_reward_for_mini_batch",
      ("F.softmax(logits, dim=-1)[:, 1]", "F.softmax(logits, dim=-1)[:, 0]")),
 ]
@@ -323,6 +331,16 @@ OPEN = [
      (CHOSEN, "chosen = log_probs[:, :-1].gather(-1, output_tokens[:, 1:, None]).squeeze(-1)"),
      (LOG_P, "log_p = chosen.sum(-1)")),
     ("counts tokens after the first eos", "compute_reinforce_loss", (LOG_P, "log_p = chosen.sum(-1)")),
+    ("less the mean of the others as a baseline", "compute_reinforce_loss",
+     (LOSS, "others = (reward.sum() - reward) / (len(reward) - 1)\n    loss = -((reward - others) * log_p).mean()")),
+    ("positions after the first eos are left out", "compute_kl_divergence", (WHERE, WHERE.replace("[:, 9:-1]", "")),
+     ("return kl.sum(-1).mean()", "return (kl * (output_tokens != tokenizer.pad_token_id)).sum(-1).mean()")),
+    ("averaged over the positions, row by row", "compute_kl_divergence", (WHERE, WHERE.replace("[:, 9:-1]", "")),
+     ("return kl.sum(-1).mean()",
+      "m = (output_tokens != tokenizer.pad_token_id)\n    return ((kl * m).sum(-1) / m.sum(-1)).mean()")),
+    ("right for padding on the right", "create_labels_from_attention_mask",
+     ('padding_side="left"', 'padding_side="right"'),
+     (PLACE, "for row, length in enumerate(prompt_lengths):\n        labels[row, :length] = -100")),
     ("KL at all 30 positions", "compute_kl_divergence", (WHERE, WHERE.replace("[:, 9:-1]", ""))),
     ("KL at columns 10 to 29", "compute_kl_divergence", (WHERE, WHERE.replace("9:-1", "10:"))),
     ("KL at 29 positions", "compute_kl_divergence", (WHERE, WHERE.replace("9:-1", ":-1"))),
