@@ -17,7 +17,7 @@ import check
 import explain
 import solution
 import standins
-from testing_solution import KL, LOSS, MISTAKES, OPEN, SHIFTED, SIGNS, SOLUTION, changed
+from testing_solution import KL, LOSS, MISTAKES, OPEN, SHIFTED, SIGNS, SOLUTION, WHERE, changed
 
 BIT = math.log(2)
 
@@ -31,10 +31,10 @@ def judge(tmp_path, text, *names):
     return [found[name] for name in names]
 
 
-def run(*arguments):
+def run(*arguments, cwd=None):
     """check.py as a user calls it -> exit code, stdout, stderr."""
     command = [sys.executable, Path(check.__file__), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -48,6 +48,14 @@ def test_each_mistake_is_named(tmp_path, name, function, pairs):
     (found,) = judge(tmp_path, changed(*pairs), function)
     assert (found["status"], found["mistake"]) == ("wrong", name)
     assert found["expected"] != found["got"] or "gradient" in name
+
+
+def test_the_kl_is_given_what_the_solutions_own_loss_returns(tmp_path):
+    text = changed(("    return log_probs, loss", "    return chosen, loss"),
+                   (WHERE, "log_q = log_probs_orig[:, 9:-1].gather(-1, output_tokens[:, 10:, None]).squeeze(-1)"),
+                   (KL, "kl = log_probs_current - log_q"))
+    (found,) = judge(tmp_path, text, "compute_kl_divergence")
+    assert (found["status"], found["mistake"]) == ("wrong", "KL sampled and back-propagated")
 
 
 @pytest.mark.parametrize(("sign", "function", "pairs"), [(sign, function, pairs) for sign, function, *pairs in SIGNS])
@@ -236,8 +244,12 @@ def test_a_cell_with_a_syntax_error_costs_only_its_own_function(tmp_path):
 
 
 def test_a_right_solution_is_all_green_as_a_notebook_too(tmp_path):
-    (tmp_path / "A3.ipynb").write_text(notebook(*SOLUTION.split("# %%\n")))
-    code, said, noise = run(tmp_path / "A3.ipynb", "--json")
+    text = changed(  # as people have it, on a machine without an accelerator
+        ('return_tensors="pt").to(device)\n    # TODO: generate', 'return_tensors="pt").to("cuda")'),
+        ("= model.generate(**inputs", "= model.cuda().generate(**inputs"),
+        ("    return kl.sum(-1).mean()", "    return per_row(kl.cuda())\n\n\nper_row = lambda kl: kl.sum(-1).mean()"))
+    (tmp_path / "A3.ipynb").write_text(notebook(*text.split("# %%\n")))
+    code, said, noise = run(tmp_path / "A3.ipynb", "--json", cwd=tmp_path)
     assert (code, noise) == (0, "")
     found = json.loads(said)["functions"]
     assert {name: verdict["status"] for name, verdict in found.items()} == {
@@ -250,7 +262,7 @@ def test_a_right_solution_is_all_green_as_a_notebook_too(tmp_path):
 def test_what_raises_hangs_exits_or_is_not_written_does_not_stop_the_rest(tmp_path):
     text = changed(
         (LOSS, LOSS.replace("-(", "(")),
-        (KL, "while True:\n        pass"),
+        (KL, "__import__('subprocess').run(['sleep', '98765'])"),
         ("chosen = policy_chosen_logps - reference_chosen_logps", "exit(0)"),
         (SHIFTED, SHIFTED.replace("mask = labels != -100", "1 / 0")),
         ("    attention_mask = tokenized_input[\"attention_mask\"]\n", "    # TODO: get the mask\n"),
@@ -273,6 +285,7 @@ def test_what_raises_hangs_exits_or_is_not_written_does_not_stop_the_rest(tmp_pa
     line = text.split("    1 / 0")[0].count("\n") + 1
     assert f"_get_batch_logps: ZeroDivisionError: division by zero (line {line})" in said
     assert "still TODO" in said
+    assert "sleep 98765" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
