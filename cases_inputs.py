@@ -220,7 +220,7 @@ def distance(places):
 
 OTHERWISE = "temperature or top-p left on"
 NEUTRAL = {"temperature": (None, 1), "top_p": (None, 1), "typical_p": (None, 1), "min_p": (None, 0),
-           "repetition_penalty": (None, 1), "no_repeat_ngram_size": (None, 0), "top_k": (None, 0)}
+           "repetition_penalty": (None, 1), "no_repeat_ngram_size": (None, 0)}
 
 
 def recorded(model):

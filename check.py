@@ -59,10 +59,12 @@ MEANING = {
     "KL negated": "the KL is negated: minimising it drives the policy away",
     "KL sampled and back-propagated": "log-ratios of the sampled tokens: their mean is the KL, but the mean of their "
                                       "gradient is 0",
-    "KL sampled, squared": "half the squared log-ratio of the sampled tokens: its gradient is that of the KL on "
-                           "average, its value is not the KL; the exact sum over the vocabulary has less noise",
-    "KL sampled, k3": "q/p - 1 - log(q/p) of the sampled tokens: its value is the KL on average, its gradient that of "
-                      "KL(original ‖ policy)",
+    "KL sampled and back-propagated, squared":
+        "half the squared log-ratio of the sampled tokens: its gradient is that of the KL on average, its value is not "
+        "the KL; the exact sum over the vocabulary has less noise",
+    "KL sampled and back-propagated, k3":
+        "q/p - 1 - log(q/p) of the sampled tokens: its value is the KL on average, its gradient that of "
+        "KL(original ‖ policy)",
     "only the sampled word in the KL": "p log(p/q) of the sampled token only: the sum over the vocabulary is missing",
     "KL without a gradient": "the penalty has no gradient: it changes nothing",
     "without a gradient": "no gradient reaches the policy: it will not learn",
