@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import standins
+from common import completion_mask, token_logps
 from explain import (NO_GRADIENT, Watch, call, close, graded, gradient, number, right, shapes,
                      verdict, wrong)
 from standins import EOS, LENGTH, REWARDS
@@ -105,8 +106,7 @@ def of_tokens(values, tokens):
 def masks(tokens):
     """(B, T) -> {which: (B, T) bool}: tokens that count, by what is done about eos. The prompt's always do."""
     is_eos = tokens == EOS
-    before = is_eos.cumsum(dim=-1) - is_eos.long()
-    first = before == 0
+    first = completion_mask(tokens, EOS)
     late = torch.cat([first[:, :1], first[:, :-1]], dim=1)
     return {"all": torch.ones_like(is_eos), "first": first, "none": ~is_eos, "late": late}
 
@@ -178,7 +178,7 @@ def own_log_probs(given, tokens, policy, ours):
 
     It is if it holds the right log-probs: of all words, or of the chosen ones, at some columns in a row.
     """
-    chosen = ours[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    chosen = token_logps(ours[:, :-1], tokens[:, 1:])
     signal.signal(signal.SIGALRM, lambda *_: 1 / 0)
     signal.alarm(5)  # seconds: it may hang
     try:

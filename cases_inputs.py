@@ -9,6 +9,7 @@ from transformers import BatchEncoding
 
 import standins
 from cases import KINDS, masks, of_tokens, scores, span
+from common import token_logps
 from explain import (NO_GRADIENT, BadAnswer, Verdict, Watch, call, close, graded, gradient, right, shapes, unfinished,
                      verdict, wrong)
 from standins import EOS, LENGTH, PROMPT
@@ -90,7 +91,7 @@ def judge_batch_logps(function, given):
     notes = ("has no parameter average_log_prob",) if takes < 3 else ()
     result, _ = verdict(BATCH_LOGPS, predict, averages, got, watched, notes)
     own = labels[:, 1:] != -100
-    logps = logits.log_softmax(dim=-1)[:, :-1].gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    logps = token_logps(logits[:, :-1], labels[:, 1:].clamp(min=0))
     (expected,) = gradient((logps * own).sum(), logits)
     return graded(result, found, expected, NO_GRADIENT, "no gradient reaches the logits")
 

@@ -85,12 +85,12 @@ def verdict(axes, predict, cases, got, watched=None, notes=()):
     notes = (*(choice.name for choice in meant if choice.name), *notes)
     mistakes = list(dict.fromkeys(choice.name for choice in reversed(found) if choice.wrong))
     mistakes = ONE_CAUSE.get(frozenset(mistakes), mistakes)
-    exact = explain([[choice] for choice in meant], predict, cases, got, exactly)
-    if combination and not mistakes and not (watched and (watched.dropped() or (watched.low and not exact))):
+    rounded = watched and watched.low and not explain([[choice] for choice in meant], predict, cases, got, exactly)
+    if combination and not mistakes and not rounded and not (watched and watched.dropped()):
         return Verdict("right", None, *said(expected, got, 0), notes), meant
     if watched and watched.dropped():
         mistakes = ["dropout on"]
-    elif not mistakes and watched and watched.low and explain(free, predict, cases, got, nearly):
+    elif not mistakes and rounded and explain(free, predict, cases, got, nearly):
         mistakes = ["softmax in bf16"]
     pairs = [pair for answers in zip(got, expected, strict=True) for pair in zip(*answers, strict=False)]
     factors = {round(g / e, 4) for g, e in pairs if e}

@@ -183,7 +183,7 @@ class OnCPU(ast.NodeTransformer):
 def execute(solution, given, path):
     """-> namespace, notes. given: {name: stand-in}, which no statement of the solution replaces.
 
-    Functions keep their line numbers. notes: what was stood in for, or could not be defined.
+    Functions keep their line numbers. notes: pairs, a name and how it was stood in for or defined otherwise.
     """
     namespace, notes = {"__name__": "solution", "__builtins__": builtins, **given}, []
     for node in solution.statements:
@@ -191,7 +191,7 @@ def execute(solution, given, path):
             for name, value in imported(node):
                 namespace[name] = given.get(name, value)  # `from torch import *` has a name `device`, too
                 if isinstance(value, MagicMock):
-                    notes.append(f"`{name}` is stood in for: what `{ast.unparse(node)}` names is gone or not installed")
+                    notes.append((name, f"is stood in for: what `{ast.unparse(node)}` names is gone or not installed"))
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             define(node, namespace, notes, path)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
@@ -241,7 +241,7 @@ def define(node, namespace, notes, path):
     except Exception as error:
         lost = f"{type(error).__name__}: {error}"
     if lost:
-        notes.append(f"`{node.name}` is defined without decorators and defaults: {lost}")
+        notes.append((node.name, f"is defined without decorators and defaults: {lost}"))
         node.decorator_list = []
         for function in functions:
             bare(function, lambda name, value: ast.Constant(None))

@@ -25,7 +25,7 @@ CAUGHT = (AssertionError, pytest.fail.Exception)
 
 
 def calls(test, request):
-    """Yields the keyword arguments of each call that pytest would make of a test: its parameters, then its fixtures."""
+    """Yields the keyword arguments of each call that pytest would make of a test: parameters, then fixtures."""
     marks = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
     names = [names.replace(" ", "").split(",") if isinstance(names, str) else list(names) for names, _ in marks]
     for chosen in itertools.product(*(values for _, values in marks)):
@@ -96,7 +96,7 @@ def test_broken_runs_are_drawn_and_tabulated_with_what_was_measured_without_the_
     write_run(tmp_path / "broken-measured" / "sign", 0.1, 2.5, "it is", {"policy": "broken"})
     broken.main(tmp_path)
     said = capsys.readouterr().out
-    assert "| `sign`      | 0.35           | -3.50      | 0.100 ± 0.010 | 2.50 ± 0.02 |" in said  # means of 0.0 .. 0.7
+    assert "| `sign`      | 0.35           | -3.50      | 0.100 ± 0.010 | 2.50 ± 0.02 |" in said  # 0.0 .. 0.7
     assert "| `alpha-0.1` | 0.35           | -3.50      | 0.900 ± 0.010 |" in said
     assert all((tmp_path / f"broken-{name}.png").stat().st_size < 60_000 for name in ("reinforce", "dpo"))
     with pytest.raises(runs.UserError, match="make broken makes them"):

@@ -24,8 +24,8 @@ settings.load_profile("here")
 
 EOS = 0
 WORDS = ["the film", " the", "don't", "  ", " ", "\n", "\t ", "\x00", "\x1b[31m", "\x1f", "\x85", "\u2028",
-         "é", "🎬", "👩\u200d👧", "<|endoftext|>", " <|endoftext|>", "שלום", "\u202eabc", "ا", "|", "3.5/10",
-         "!!!", "\u00a0"]
+         "é", "🎬", "👩\u200d👧", "<|endoftext|>", " <|endoftext|>", "שלום", "\u202eabc", "ا", "|",
+         "3.5/10", "!!!", "\u00a0"]
 texts = st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=4)), max_size=12).map("".join)
 ids = st.lists(st.integers(1, 10), min_size=1, max_size=9)
 pairs = st.lists(st.builds(dpo.Pair, ids, ids, ids), min_size=1, max_size=5)
