@@ -181,6 +181,10 @@ def test_nothing_but_imports_constants_and_definitions_is_executed(tmp_path):
 import os, pathlib
 pathlib.Path({str(trap)!r}).touch()
 x = os.system("touch {trap}")
+opened = open({str(trap)!r}, "w")
+def log(text):
+    pathlib.Path({str(trap)!r}).touch()
+logged = log("start")  # by its name it might be math.log
 for _ in range(3):
     pathlib.Path({str(trap)!r}).touch()
 class Batch(dict):
