@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -265,9 +266,10 @@ def test_a_right_solution_is_all_green_as_a_notebook_too(tmp_path):
 
 
 def test_what_raises_hangs_exits_or_is_not_written_does_not_stop_the_rest(tmp_path):
+    seconds = 10**6 + os.getpid()  # a process of this test, and of no other run of it
     text = changed(
         (LOSS, LOSS.replace("-(", "(")),
-        (KL, "__import__('subprocess').run(['sleep', '98765'])"),
+        (KL, f"__import__('subprocess').run(['sleep', '{seconds}'])"),
         ("chosen = policy_chosen_logps - reference_chosen_logps", "exit(0)"),
         (SHIFTED, SHIFTED.replace("mask = labels != -100", "1 / 0")),
         ("    attention_mask = tokenized_input[\"attention_mask\"]\n", "    # TODO: get the mask\n"),
@@ -290,7 +292,7 @@ def test_what_raises_hangs_exits_or_is_not_written_does_not_stop_the_rest(tmp_pa
     line = text.split("    1 / 0")[0].count("\n") + 1
     assert f"_get_batch_logps: ZeroDivisionError: division by zero (line {line})" in said
     assert "still TODO" in said
-    assert "sleep 98765" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert f"sleep {seconds}" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
