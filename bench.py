@@ -418,7 +418,8 @@ def worker(pipe, function, size, device, more, tuned):
 
 def take_turns(ways, size, device, rounds, warm=1):
     """{name: (function, *arguments)} -> {name: [(seconds, peak bytes)] of each round}, after `warm` others."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["reinforce", "dpo"])  # PyTorch is loaded once, not by each way
     workers, pipes, results = [], {}, {name: [] for name in ways}
     for name, (function, *more) in ways.items():
         pipes[name], theirs = context.Pipe()
