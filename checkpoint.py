@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from files import flush, plain
-from runs import UserError, out_of_memory
+from ranks import anyone
+from runs import UserError, out_of_memory, rank
 
 NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 
@@ -54,11 +55,11 @@ class Progress:
             for batch in self.bar:
                 self.step += 1
                 yield self.step, batch
-                stopping = list(stop)
+                stopping = anyone(max(stop, default=0))  # a signal may reach the ranks in different steps
                 if stopping or self.step == self.end or self.step % self.run.args.save_every == 0:
                     self.save()
                 if stopping:
-                    raise KeyboardInterrupt(*stopping)
+                    raise KeyboardInterrupt(stopping)
             if stop:  # at the very end; the checkpoint is there
                 raise KeyboardInterrupt(*stop)
 
@@ -87,7 +88,7 @@ def stop_signals():
         noted.append(number)
         restore()
         with contextlib.suppress(OSError):  # os.write, since print is not safe within a handler
-            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+            rank() or os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
     def restore():
         for number, handler in before.items():

@@ -77,21 +77,22 @@ def completion_logits(model, tokens, length, attention=None):
 # ---- sampling ----------------------------------------------------------------------------------------------
 
 
-def sample(model, prompts, length, generator=None, forecasts=None):
+def sample(model, prompts, length, generator=None, forecasts=None, own=slice(None)):
     """(B, P) -> (B, P + N): each prompt and N = `length` tokens drawn from exactly softmax(logits).
 
     No top-k, no temperature: REINFORCE is right only for samples of the distribution that it scores.
     A row ends with its eos, is filled up with eos, and costs nothing from there on. Reproducible with a
     torch.Generator of the model's device. `forecasts` (B, N, V), of the logits' type, keeps the logits drawn
-    from, if given; after a row's eos it stays as it was.
+    from, if given; after a row's eos it stays as it was. `own`: go on with these rows only, as if with all.
     """
     eos = model.config.eos_token_id
-    tokens = torch.cat([prompts, prompts.new_full((len(prompts), length), eos)], dim=1)
     uniform = torch.rand(length, len(prompts), generator=generator, device=prompts.device)  # in [0, 1)
+    uniform, prompts = uniform[:, own], prompts[own]
+    tokens = torch.cat([prompts, prompts.new_full((len(prompts), length), eos)], dim=1)
     rows = torch.arange(len(prompts), device=prompts.device)  # those that have not ended
     cache, new = None, prompts  # keys and values of what was fed; what is to be fed
     with torch.no_grad(), cast_once(model, prompts.device):
-        for column in range(length):
+        for column in range(length if len(rows) else 0):
             output = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, logits = output.past_key_values, output.logits[:, -1]
             drawn = draw(logits, uniform[column, rows])

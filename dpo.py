@@ -23,6 +23,7 @@ from common import (check_length, checked_grad_norm, completion_logits, encode, 
                     masked_sum, seeded)
 from fast import like_lengths, logps_and_kl, parts, pick_device
 from inputs import load_columns
+from ranks import summed, turns
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples
 
 COLUMNS = ("prompt", "positive_completion", "negative_completion")
@@ -140,11 +141,11 @@ def widths(pairs):
 @torch.no_grad()
 def all_logps(model, pairs, batch_size, desc):
     """List of n Pairs -> (n, 2) on the CPU: chosen and rejected log-probs, without a graph."""
-    logps = torch.empty(len(pairs), 2)
+    logps = torch.zeros(len(pairs), 2)
     longest_first = widths(pairs).argsort(descending=True, stable=True)  # like lengths together: little padding
-    for rows in tqdm(longest_first.split(batch_size), desc=desc, unit="batch", dynamic_ncols=True):
+    for rows in tqdm(longest_first.split(batch_size)[turns()], desc=desc, unit="batch", dynamic_ncols=True):
         logps[rows] = torch.stack(pair_logps(model, [pairs[row] for row in rows]), dim=1).cpu()
-    return logps
+    return summed(logps)  # of all ranks: each batch is one rank's, and 0 on the others
 
 
 def accuracy(margins):
@@ -177,13 +178,13 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
             ref_logps = reference_logps["train"][rows].to(device).T  # (2, B): chosen, rejected
 
             optimizer.zero_grad()
-            found = []
+            found = torch.zeros(4, len(rows), device=device)
             for part, share in parts(len(rows), args.micro_batch):  # one part with all rows, but for --micro-batch
                 logps = pair_logps(policy, [pairs["train"][row] for row in rows[part]])  # (B,), (B,)
                 losses, margins = dpo_loss(*logps, *ref_logps[:, part], args.beta)
                 (share * losses.mean()).backward()  # adds to .grad: in the end, the gradient of the whole batch's mean
-                found.append(torch.stack([losses, margins, *logps]).detach())  # (4, B), B of this part
-            losses, margins, chosen_logps, rejected_logps = torch.cat(found, dim=1)
+                found[:, part] = torch.stack([losses, margins, *logps]).detach()
+            losses, margins, chosen_logps, rejected_logps = summed(found, policy)  # of all ranks; gradients, too
             loss = losses.mean()
             grad_norm = checked_grad_norm(step, {"loss": loss}, policy, args.max_grad_norm)
             optimizer.step()

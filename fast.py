@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers.activations import NewGELUActivation
 
+from ranks import claim, mine
 from runs import UserError
 
 # ---- device and precision ----------------------------------------------------------------------------------
@@ -29,6 +30,7 @@ def pick_device(name, precision):
     if name and name not in there:
         raise UserError(f"--device {name} is not here; this machine has {', '.join(there)}")
     device = torch.device(name or there[0])
+    claim(device)
     if precision == "auto":
         precision = "bf16" if fast_bf16(device) else "fp32"
     return device, precision
@@ -172,11 +174,13 @@ def logps_and_kl(logits, tokens, ref_logits=None):
 def parts(rows, micro_batch):
     """Yields slices of 0 .. rows-1 and the share of the rows that each holds; micro_batch None: one slice.
 
-    A mean over all rows is the sum of the parts' means, each times its share: exact for a ragged last part.
+    A mean over all rows is the sum of the parts' means, each times its share: exact for a ragged last part. With
+    torchrun the slices are those of this rank's rows, and the sum is over all ranks (ranks.summed).
     """
+    own = mine(rows)
     size = micro_batch or rows
-    for first in range(0, rows, size):
-        part = slice(first, min(first + size, rows))
+    for first in range(own.start, own.stop, size):
+        part = slice(first, min(first + size, own.stop))
         yield part, (part.stop - first) / rows
 
 

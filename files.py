@@ -67,7 +67,9 @@ def hardware(device):
     with contextlib.suppress(OSError):  # Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return torch.cuda.get_device_name() if device == "cuda" else f"{name}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{name}, {torch.get_num_threads()} threads"
+    ranks = torch.distributed.is_initialized() and torch.distributed.get_world_size()
+    return f"{ranks} ranks, each {name}" if ranks else name
 
 
 def commit():

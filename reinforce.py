@@ -21,6 +21,7 @@ from checkpoint import Progress
 from common import (check_length, checked_grad_norm, completion_logits, completion_mask, decode,
                     load_policy, load_prompts, load_reference, masked_sum, sample, seeded)
 from fast import logps_and_kl, parts, pick_device
+from ranks import gathered, mine, summed
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples, positivity
 
 
@@ -79,14 +80,16 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
             if (step - 1) % SAMPLE_EVERY == 0:
                 log_samples(policy, tokenizer, scorer, test_prompts, run, step - 1)
             start = time.perf_counter()
-            tokens = sample(policy, prompts[rows].to(device), args.completion_len, noise)  # (B, T)
+            own = mine(len(rows))  # of the B rows: all, but with torchrun (ranks.py)
+            tokens = sample(policy, prompts[rows].to(device), args.completion_len, noise, own=own)
+            reward = positivity(scorer, decode(tokenizer, tokens))
+            tokens, reward = gathered(tokens, len(rows)), gathered(reward, len(rows))  # (B, T), (B,)
             completions = tokens[:, prompts.shape[1] :]  # (B, N)
             mask = completion_mask(completions, policy.config.eos_token_id)  # (B, N)
-            reward = positivity(scorer, decode(tokenizer, tokens))  # (B,)
             advantage = leave_one_out(reward) if args.advantage == "loo" else reward
 
             optimizer.zero_grad()
-            loss = kl = 0.0
+            found = torch.zeros(2, device=device)  # loss, KL
             for part, share in parts(len(tokens), args.micro_batch):  # one part with all rows, but for --micro-batch
                 logits = completion_logits(policy, tokens[part], args.completion_len)  # (B, N, V), B of this part
                 with torch.no_grad():
@@ -95,8 +98,9 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
                 part_kl = masked_sum(kls, mask[part]).mean()  # nats per completion
                 part_loss = reinforce_loss(logps, mask[part], advantage[part]) + args.alpha * part_kl
                 (share * part_loss).backward()  # adds to .grad: in the end, the gradient of the whole batch's mean
-                loss, kl = loss + share * part_loss.detach(), kl + share * part_kl.detach()
+                found += share * torch.stack([part_loss, part_kl]).detach()
                 del logits, ref_logits  # the largest tensors, before the next ones are made
+            loss, kl = summed(found, policy)  # of all ranks; gradients, too
             values = {"reward": reward.mean(), "KL": kl, "loss": loss}
             grad_norm = checked_grad_norm(step, values, policy, args.max_grad_norm)
             optimizer.step()

@@ -22,6 +22,7 @@ from common import (check_length, completion_logits, completion_mask, decode, lo
                     load_prompts, load_reference, load_tokenizer, masked_sum, sample, seeded)
 from fast import logps_and_kl, pick_device
 from measures import DISTINCT_TEXTS, distinct
+from ranks import everyone, mine
 
 SAMPLES = 5  # completions shown of every policy, always of the same prompts
 SAMPLE_EVERY = 50  # training steps between two looks at them
@@ -59,6 +60,8 @@ def load_scorer(name, device, positive_label=None, precision="fp32"):
 @torch.no_grad()
 def positivity(scorer, texts):
     """List of B str -> (B,): the reward, P(positive) in [0, 1]. Text over the classifier's length is cut."""
+    if not texts:  # more ranks than rows
+        return torch.zeros(0, device=scorer.model.device)
     longest = min(scorer.tokenizer.model_max_length, getattr(scorer.model.config, "max_position_embeddings", 512))
     options = {"padding": True, "truncation": True, "max_length": longest, "split_special_tokens": True}
     inputs = scorer.tokenizer(texts, return_tensors="pt", **options).to(scorer.model.device)
@@ -76,15 +79,18 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
     start, device, args = time.perf_counter(), policy.device, run.args
     noise = seeded(args.seed, "evaluation", device)
     batch_size = args.eval_batch_size or (256 if device.type == "cuda" else 64)
-    repeated = prompts.repeat_interleave(args.samples_per_prompt, dim=0)
-    batches = tqdm(repeated.split(batch_size), desc="evaluate", unit="batch", dynamic_ncols=True)
+    numbers = torch.arange(len(prompts)).repeat_interleave(args.samples_per_prompt)
+    batches = tqdm(numbers.split(batch_size), desc="evaluate", unit="batch", dynamic_ncols=True)
     rows, total = [], 0.0
     for batch in batches:
+        own = mine(len(batch))  # of the batch's rows: all, but with torchrun (ranks.py)
         # What the policy forecast while it sampled serves again: no second forward.
-        size = (len(batch), args.completion_len, policy.config.vocab_size)
+        size = (len(batch[own]), args.completion_len, policy.config.vocab_size)
         logits = torch.zeros(size, dtype=torch.bfloat16 if policy.bf16 else None, device=device)  # (B, N, V)
-        tokens = sample(policy, batch.to(device), args.completion_len, noise, logits)  # (B, T)
-        completions = tokens[:, batch.shape[1] :]  # (B, N)
+        tokens = sample(policy, prompts[batch].to(device), args.completion_len, noise, logits, own)  # (B, T)
+        if not len(tokens):  # more ranks than rows
+            continue
+        completions = tokens[:, prompts.shape[1] :]  # (B, N)
         mask = completion_mask(completions, policy.config.eos_token_id)
         texts = decode(tokenizer, tokens)
         reward = positivity(scorer, texts)  # (B,)
@@ -94,7 +100,8 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
         logps, kls = logps_and_kl(logits, completions, ref_logits)
         ref_logps = logps if same else logps_and_kl(ref_logits, completions)[0]
         columns = {
-            "prompt": decode(tokenizer, batch),
+            "number": batch[own].tolist(),
+            "prompt": decode(tokenizer, prompts[batch[own]]),
             "completion": decode(tokenizer, completions),
             "text": texts,
             "reward": reward.tolist(),
@@ -103,11 +110,11 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
             "reference_logp": masked_sum(ref_logps, mask).tolist(),
             "length": mask.sum(dim=-1).tolist(),
         }
-        for row in zip(*columns.values(), strict=True):
-            rows.append({"number": len(rows) // args.samples_per_prompt, **dict(zip(columns, row, strict=True))})
+        rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         total += reward.sum().item()
         batches.set_postfix(reward=f"{total / len(rows):.4f}")
 
+    rows = sorted(everyone(rows), key=lambda row: row["number"])
     reward, reward_se = mean_and_error([row["reward"] for row in rows], args.samples_per_prompt)
     kl, kl_se = mean_and_error([row["kl"] for row in rows], args.samples_per_prompt)
     if not math.isfinite(reward + kl):

@@ -8,6 +8,8 @@ Plain Python: importing this file loads no torch.
 import argparse
 import contextlib
 import ctypes
+import functools
+import importlib
 import json
 import math
 import os
@@ -26,7 +28,7 @@ COURSE = {  # the names that the course uses on the model hub
     "pairs": "hallisky/synthetic-imdb-movie-reviews-parallel",
 }
 LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow during training; all other files are written whole
-CODE = ("common.py", "fast.py", "reward.py")  # what training depends on, with the script itself
+CODE = ("common.py", "fast.py", "ranks.py", "reward.py")  # what training depends on, with the script itself
 FREE = ("out", "overwrite", "save_every", "micro_batch", "eval_batch_size")  # flags that may change when a run goes on
 SUMMARY = ("reward", "reward_se", "n", "kl", "distinct_2", "test_loss", "test_accuracy")  # said at a run's end
 
@@ -40,8 +42,10 @@ def launch(main):
     keep_memory()
     signal.signal(signal.SIGTERM, terminate)
     name = Path(sys.argv[0]).name
+    ranks = importlib.import_module("ranks") if torchrun() else None  # it loads torch
     try:
-        return main()
+        with ranks.joined() if ranks else contextlib.nullcontext():
+            return main()
     except UserError as error:
         message, code = f"{name}: error: {error}", 1
     except KeyboardInterrupt as error:
@@ -56,8 +60,34 @@ def launch(main):
             raise
         advice = "in training try a smaller --micro-batch, in the evaluation a smaller --eval-batch-size"
         message, code = f"{name}: error: out of memory; {advice}; a training run goes on from its checkpoint", 1
-    print(plain(message), file=sys.stderr)  # out here the progress bar is gone and has ended its line
+    if not ranks or ranks.first_to_fail():
+        print(plain(message), file=sys.stderr)  # out here the progress bar is gone and has ended its line
     sys.exit(code)
+
+
+def torchrun():
+    """True in the processes that torchrun has started (ranks.py)."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank():
+    """This process's number; without torchrun 0."""
+    return int(os.environ["RANK"]) if torchrun() else 0
+
+
+def by_rank_0(method):
+    """A method that writes: on the other ranks nothing happens."""
+
+    @functools.wraps(method)
+    def instead(*args, **more):
+        return method(*args, **more) if rank() == 0 else None
+
+    return instead
+
+
+def once(function, *args):
+    """Rank 0 calls it -> its result, or the UserError that it raises, on every rank."""
+    return importlib.import_module("ranks").once(function, *args) if torchrun() else function(*args)
 
 
 def terminate(number, frame):
@@ -169,7 +199,7 @@ class Run:
     def __init__(self, args, script):
         self.args, self.script, self.folder, self.saved = args, script, args.out, {}
         with self.writing():
-            self.check()
+            once(self.check)
 
     @contextlib.contextmanager
     def writing(self):
@@ -220,21 +250,29 @@ class Run:
         """
         import checkpoint  # here, because it loads torch
 
+        flags = {**vars(self.args), "out": str(self.folder)}
+        about = {"script": self.script, "flags": flags, "versions": versions(), "device": device}
+        about |= {"hardware": hardware(device), "precision": precision, "commit": commit()}
+        sources = {name: Path(__file__).with_name(name).read_bytes() for name in (*CODE, self.script)}
+        self.settings = {name: fingerprint(value) for name, value in {**sources, **loaded}.items()}
+        self.settings |= {f"--{name.replace('_', '-')}": flags[name] for name in flags if name not in FREE}
+        self.settings |= {"--device": device, "--precision": precision}
         with self.writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.check()  # again: another process may have been faster
-            flags = {**vars(self.args), "out": str(self.folder)}
-            about = {"script": self.script, "flags": flags, "versions": versions(), "device": device}
-            about |= {"hardware": hardware(device), "precision": precision, "commit": commit()}
-            sources = {name: Path(__file__).with_name(name).read_bytes() for name in (*CODE, self.script)}
-            self.settings = {name: fingerprint(value) for name, value in {**sources, **loaded}.items()}
-            self.settings |= {f"--{name.replace('_', '-')}": flags[name] for name in flags if name not in FREE}
-            self.settings |= {"--device": device, "--precision": precision}
-            self.saved = checkpoint.choose(self.folder, self.settings, self.args.overwrite)
-            self.clear()
-            if self.saved:
-                about = self.continued(about)
-            write_whole(self.folder / "config.json", to_json(about, indent=2))
+            if once(self.begin, about) and not self.saved:  # on another rank than 0
+                self.saved = checkpoint.read(self.folder / checkpoint.NEWEST)
+
+    def begin(self, about):
+        """Makes the folder ready -> True if there is a checkpoint to go on from."""
+        import checkpoint
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.check()  # again: another process may have been faster
+        self.saved = checkpoint.choose(self.folder, self.settings, self.args.overwrite)
+        self.clear()
+        if self.saved:
+            about = self.continued(about)
+        write_whole(self.folder / "config.json", to_json(about, indent=2))
+        return bool(self.saved)
 
     def continued(self, about):
         """config.json of a run that goes on: how it was begun and, in `continued`, each time that it went on."""
@@ -268,6 +306,7 @@ class Run:
         """A line of samples.jsonl."""
         self.append("samples.jsonl", row)
 
+    @by_rank_0
     def append(self, name, row):
         """A run whose numbers are not finite stops here at the latest, so none of them is ever written."""
         for key, value in row.items():
@@ -278,6 +317,7 @@ class Run:
         with self.writing(), (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(to_json(row) + "\n")
 
+    @by_rank_0
     def checkpoint(self, **content):
         """Writes a checkpoint, with these settings and the length of the logs (checkpoint.Progress calls it)."""
         import checkpoint
@@ -289,10 +329,12 @@ class Run:
             lengths = {path.name: path.stat().st_size for path in logs}
             checkpoint.write(self.folder, {"settings": self.settings, "lengths": lengths, **content})
 
+    @by_rank_0
     def completions(self, rows):
         with self.writing():
             write_whole(self.folder / "completions.jsonl", "".join(to_json(row) + "\n" for row in rows))
 
+    @by_rank_0
     def save_model(self, policy, tokenizer):
         """Whole or not at all: `model` appears by a rename."""
         unfinished = self.folder / "model.unfinished"
@@ -304,6 +346,7 @@ class Run:
             os.replace(unfinished, self.folder / "model")
             flush(self.folder)
 
+    @by_rank_0
     def finish(self, **results):
         """eval.json, the last file; from then on the run is finished and needs no checkpoint."""
         import checkpoint
