@@ -10,6 +10,7 @@ one rank, all rows are its own, and nothing here does anything. Left out on purp
 
 import contextlib
 import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,10 @@ def joined():
     Only rank 0 speaks: the others' output and progress bars go nowhere.
     """
     global STORE
-    STORE, rank, ranks = next(dist.rendezvous("env://"))  # from torchrun's environment variables
+    store, rank, ranks = next(dist.rendezvous("env://"))  # from torchrun's environment variables
+    STORE = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # after a restart, anew
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("ranks", STORE), rank=rank, world_size=ranks)
+    dist.init_process_group(backend, store=STORE, rank=rank, world_size=ranks)
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as silence:
         if rank:
             silence.enter_context(contextlib.redirect_stdout(nowhere))
@@ -39,8 +41,8 @@ def joined():
 
 def first_to_fail():
     """True on the rank whose failure is the cause: the others fail because of it, and need not say so."""
-    try:  # each restart by torchrun counts anew
-        return STORE.add(f"failed {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    try:
+        return STORE.add("failed", 1) == 1
     except RuntimeError:  # it has ended with the process that kept it
         return True
 
@@ -86,9 +88,9 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = " ".join(re.sub(r"\[.*?\] ", "", str(error)).split())[:80]  # without the library's paths
         again = "call it again: training goes on from its checkpoint"
-        raise UserError(f"another rank has ended, killed or for want of memory ({reason}); {again}") from error
+        raise UserError(f"another rank has ended, killed or out of memory ({reason}); {again}") from error
 
 
 def summed(values, model=None):

@@ -60,6 +60,7 @@ def launch(main):
             raise
         advice = "in training try a smaller --micro-batch, in the evaluation a smaller --eval-batch-size"
         message, code = f"{name}: error: out of memory; {advice}; a training run goes on from its checkpoint", 1
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is said and done
     if not ranks or ranks.first_to_fail():
         print(plain(message), file=sys.stderr)  # out here the progress bar is gone and has ended its line
     sys.exit(code)
