@@ -245,6 +245,14 @@ def test_sample_with_its_cache_equals_a_loop_that_feeds_everything_again(model):
     assert found[:, :3].tolist() == prompts.tolist()
 
 
+def test_sample_of_some_rows_goes_on_with_them_as_it_would_among_all(model):
+    """What a rank of several draws must not depend on the rank. No rows at all are no reason to stop, either."""
+    prompts = torch.randint(1, 11, (6, 3), generator=common.seeded(1, "prompts"))
+    whole, some, none = (common.sample(model, prompts, 12, common.seeded(1, "sampling"), own=own)
+                         for own in (slice(None), slice(2, 5), slice(4, 4)))
+    assert some.tolist() == whole[2:5].tolist() and none.shape == (0, 15)
+
+
 def test_sample_keeps_a_cache_whatever_the_models_config_says(model):
     prompts, other = torch.randint(1, 11, (5, 3), generator=common.seeded(1, "prompts")), copy.deepcopy(model)
     other.config.use_cache = False  # as in a checkpoint of a training that needed none
@@ -730,6 +738,12 @@ def test_parts_cover_the_rows_and_their_shares_are_exact(rows, micro_batch, size
     assert [row for part, _ in found for row in range(rows)[part]] == list(range(rows))
     assert [part.stop - part.start for part, _ in found] == sizes
     assert [share for _, share in found] == [size / rows for size in sizes]
+
+
+def test_parts_are_of_a_ranks_own_rows_and_their_shares_of_all(monkeypatch):
+    monkeypatch.setattr(fast, "mine", lambda rows: {8: slice(3, 7), 1: slice(0, 0)}[rows])
+    assert list(fast.parts(8, 3)) == [(slice(3, 6), 3 / 8), (slice(6, 7), 1 / 8)]
+    assert list(fast.parts(8, None)) == [(slice(3, 7), 1 / 2)] and list(fast.parts(1, 3)) == []
 
 
 def test_like_lengths_are_batches_of_every_row_in_random_order():

@@ -10,6 +10,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 import dpo
 import files
@@ -81,6 +82,7 @@ def refusal(script, *argv, capsys):
 SMALL = {"reinforce": ["--limit", 40, "--batch-size", 4, "--alpha", 0.1],  # 10 steps
          "dpo": ["--limit", 16, "--batch-size", 4, "--epochs", 3]}  # 12 steps, 4 an epoch
 SMALL = {script: [*more, "--lr", 1e-2, "--save-every", 3, "--eval-limit", 8] for script, more in SMALL.items()}
+STORES = []  # of the ranks, kept for as long as this process lives
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["reinforce", "dpo", "datasets", "testing"])
 
@@ -89,8 +91,9 @@ def small(world, script, out, *more):
     return flags(world, script, out, *SMALL[script], *more)
 
 
-def run_in_child(script, argv, log, hook=None):
+def run_in_child(script, argv, log, hook=None, environment=()):
     """What the child process does: the script's last line, with what it prints in a file."""
+    os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -105,6 +108,28 @@ def start(script, argv, folder, hook=None):
     process = FORK.Process(target=run_in_child, args=(script, argv, folder.with_suffix(".log"), hook))
     process.start()
     return process
+
+
+def start_ranks(ranks, script, argv, folder, hook=None):
+    """As torchrun starts them, with its store -> the children's processes, in the order of their ranks."""
+    STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    shared = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port)}
+    processes = []
+    for rank in map(str, range(ranks)):
+        environment = {**shared, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks)}
+        arguments = (script, argv, folder.with_suffix(".log"), hook, environment)
+        processes.append(FORK.Process(target=run_in_child, args=arguments))
+        processes[-1].start()
+    return processes
+
+
+def finish_ranks(*arguments):
+    """Runs them to their end -> exit codes."""
+    processes = start_ranks(*arguments)
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def finish(script, argv, folder, hook=None):
