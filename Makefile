@@ -13,6 +13,9 @@ BETAS = 0.1 0.25 0.4 0.5 0.1-lr-5e-5
 SEEDS = 1 2
 SAMPLES = samples-32
 
+# Processes for each run, on as many GPUs, or CPUs (torchrun); empty: one.
+RANKS =
+
 # Hub names or local folders; empty: the names that the course uses.
 POLICY =
 REWARD_MODEL =
@@ -49,6 +52,7 @@ endif
 endif
 NEEDED = $(VENV) $(addsuffix /world.json,$(WORLD))
 
+RUN = $(strip $(PYTHON) $(if $(RANKS),-m torch.distributed.run --standalone --nproc-per-node=$(RANKS)))
 finished = $(patsubst %,$(RUNS)/%/eval.json,$1)
 MAIN = baseline alpha-0 alpha-$(ALPHA) beta-$(BETA)
 SWEEP = $(MAIN) $(ALPHAS:%=alpha-%) $(LOOS:%=loo-%) $(BETAS:%=beta-%) $(SAMPLES)
@@ -123,31 +127,31 @@ $(call finished,$(BROKEN_DPO:%=broken/dpo-%)): $(RUNS)/broken/dpo-%/eval.json: |
 	    $(FLAGS) --out $(@D)
 
 $(call finished,broken/lr-5e-3): | $(NEEDED)
-	$(PYTHON) reinforce.py $(MODELS) $(SUITED_REINFORCE) --lr 5e-3 --alpha 0.1 $(FLAGS) --out $(@D)
+	$(RUN) reinforce.py $(MODELS) $(SUITED_REINFORCE) --lr 5e-3 --alpha 0.1 $(FLAGS) --out $(@D)
 
 $(call finished,$(BROKEN:%=broken-measured/%)): $(RUNS)/broken-measured/%/eval.json: | $(RUNS)/broken/%/eval.json
-	$(PYTHON) reward.py $(MODELS) $(FLAGS) --policy $(RUNS)/broken/$*/model --out $(@D)
+	$(RUN) reward.py $(MODELS) $(FLAGS) --policy $(RUNS)/broken/$*/model --out $(@D)
 
 $(RUNS)/baseline/eval.json: | $(NEEDED)
-	$(PYTHON) reward.py $(MODELS) $(FLAGS) --out $(@D)
+	$(RUN) reward.py $(MODELS) $(FLAGS) --out $(@D)
 
 # A folder's name is its settings: alpha-0.02, loo-0.02 (leave-one-out), beta-0.25, beta-0.1-lr-5e-5.
 settings = $(subst -lr-, --lr ,$*)
 
 $(RUNS)/alpha-%/eval.json: | $(NEEDED)
-	$(PYTHON) reinforce.py $(MODELS) $(SUITED_REINFORCE) --alpha $(settings) $(FLAGS) $(REINFORCE_FLAGS) --out $(@D)
+	$(RUN) reinforce.py $(MODELS) $(SUITED_REINFORCE) --alpha $(settings) $(FLAGS) $(REINFORCE_FLAGS) --out $(@D)
 
 $(RUNS)/loo-%/eval.json: | $(NEEDED)
-	$(PYTHON) reinforce.py $(MODELS) $(SUITED_REINFORCE) --advantage loo --alpha $(settings) \
+	$(RUN) reinforce.py $(MODELS) $(SUITED_REINFORCE) --advantage loo --alpha $(settings) \
 	    $(FLAGS) $(REINFORCE_FLAGS) --out $(@D)
 
 $(RUNS)/beta-%/eval.json: | $(NEEDED)
-	$(PYTHON) dpo.py $(MODELS) $(call flag,--pairs,$(PAIRS)) $(SUITED_DPO) --beta $(settings) \
+	$(RUN) dpo.py $(MODELS) $(call flag,--pairs,$(PAIRS)) $(SUITED_DPO) --beta $(settings) \
 	    $(FLAGS) $(DPO_FLAGS) --out $(@D)
 
 # 500 prompts, whatever FLAGS say of the other runs: times 32 that is as much as 16,000.
 $(RUNS)/samples-%/eval.json: | $(NEEDED)
-	$(PYTHON) reward.py $(MODELS) $(FLAGS) --samples-per-prompt $* --eval-limit 500 --out $(@D)
+	$(RUN) reward.py $(MODELS) $(FLAGS) --samples-per-prompt $* --eval-limit 500 --out $(@D)
 
 $(WORLD)/world.json: | $(VENV)
 	$(PYTHON) toy.py --out $(@D)

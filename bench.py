@@ -29,14 +29,15 @@ TESTED = 64  # prompts of an evaluation
 EPOCHS = 2  # the reference's log-probs, computed once, serve so many epochs of DPO
 ALPHA, BETA = 0.02, 0.1
 TURNS = {"REINFORCE": (4, 3), "DPO": (1, 2), "evaluation": (1, 3)}  # to warm up, until memory is laid out; counted
-WIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the machine's peak
 
-FULL = {"policy": {"n_layer": 6}, "scorer": {}, "words": 50_257, "scorer_words": 30_522}
+WIDE = {"cpu": 2048, "cuda": 8192}  # matrices whose product is the machine's peak
+FULL = {"policy": {"n_layer": 6}, "scorer": {}, "words": 50_257, "scorer_words": 30_522, "wide": WIDE}
 TINY = {
     "policy": {"n_layer": 1, "n_embd": 32, "n_head": 2},
     "scorer": {"n_layers": 1, "dim": 32, "hidden_dim": 64, "n_heads": 2},
     "words": 1000,
     "scorer_words": 1000,
+    "wide": {"cpu": 256, "cuda": 256},
 }
 
 # ---- the same models, prompts and pairs for every way ------------------------------------------------------
@@ -338,7 +339,8 @@ def matmul_peak(turn, size, device, precision):
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    a, b = (torch.randn(WIDE[device], WIDE[device]).to(device, dtype) for _ in range(2))
+    wide = size["wide"][device]
+    a, b = (torch.randn(wide, wide).to(device, dtype) for _ in range(2))
     out = torch.empty_like(a)
     while True:
         turn()
@@ -525,7 +527,7 @@ def main(argv=None):
         kinds = sorted({"fp32", precision})
         peaks = {kind: ("matmul_peak", kind) for kind in kinds}
         measured = take_turns(peaks, size, device.type, 3)
-        flops = 20 * 2 * WIDE[device.type] ** 3
+        flops = 20 * 2 * size["wide"][device.type] ** 3
         peak = {kind: flops / min(taken for taken, _ in turns) for kind, turns in measured.items()}
         print("matmul peak: " + ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in peak.items()))
         counts = ", ".join(f"{work} {count / 1e12:.2f}" for work, count in operations.items())

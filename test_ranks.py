@@ -142,7 +142,8 @@ def stop_one_rank():
     """SIGTERM reaches rank 1 in the middle of its fifth step, rank 0 never."""
     if runs.rank() == 1:
         log = runs.Run.log
-        runs.Run.log = lambda run, **row: (row.get("step") == 5 and os.kill(os.getpid(), signal.SIGTERM), log(run, **row))
+        me = os.getpid()
+        runs.Run.log = lambda run, **row: (row.get("step") == 5 and os.kill(me, signal.SIGTERM), log(run, **row))
 
 
 def test_all_ranks_stop_after_the_same_step(world, two, tmp_path):
