@@ -209,7 +209,8 @@ def encode(tokenizer, texts):
 
 def decode(tokenizer, tokens):
     """(B, T) -> list of B str, as they stand but for special tokens (finished rows are filled with eos)."""
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return tokenizer.batch_decode(tokens, **options) if len(tokens) else []  # of no rows it makes one text
 
 
 def first_tokens(tokenizer, texts, length):

@@ -125,9 +125,11 @@ def start_ranks(ranks, script, argv, folder, hook=None):
 
 
 def finish_ranks(*arguments):
-    """Runs them to their end -> exit codes."""
+    """Runs them to their end -> exit codes. Ranks that wait for each other for ever are killed."""
     processes = start_ranks(*arguments)
     for process in processes:
+        process.join(120)
+        process.kill()
         process.join()
     return [process.exitcode for process in processes]
 
