@@ -118,7 +118,7 @@ def main(argv=None):
     run = runs.Run(args, "reinforce.py")
     device, precision = pick_device(args.device, args.precision)
     policy, tokenizer = load_policy(args.policy, device, precision)
-    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len")
+    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len", tokenizer)
     reference = load_reference(args.reference or args.policy, policy, device, precision)
     scorer = load_scorer(args.reward_model, device, args.positive_label, precision)
     order = seeded(args.seed, "train subset")

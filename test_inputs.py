@@ -143,7 +143,8 @@ def odd(world, reviews, tmp_path_factory):
     ignore = shutil.ignore_patterns("tokenizer*", "vocab*")
     shutil.copytree(world / "reward_model", folder / "mute-classifier", ignore=ignore)
     shutil.copytree(world / "policy", folder / "endless")
-    change(folder / "endless" / "config.json", eos_token_id=[0, 1])
+    change(folder / "endless" / "config.json", eos_token_id=None)
+    change(folder / "endless" / "tokenizer_config.json", eos_token=None)
     (folder / "no-rows").mkdir()
     datasets.Dataset.from_dict({"text": [], "label": []}).to_parquet(folder / "no-rows" / "test.parquet")
     toy.save_rows(folder / "no-train", test=labelled(reviews))
@@ -168,7 +169,7 @@ BAD_FOLDERS = [  # script, flag, folder below `odd`, what the one line must say
     ("reward", "--reward-model", "../policy", "{} is not a classifier: its checkpoint has no score.weight"),
     ("reward", "--reward-model", "nowhere", "--reward-model {}: there is no such folder"),
     ("reward", "--reward-model", "mute-classifier", "--reward-model {} has no tokenizer"),
-    ("reward", "--policy", "endless", "--policy {}: config.json needs one number as eos_token_id"),
+    ("reward", "--policy", "endless", "--policy {}: neither config.json nor the tokenizer names an end token"),
     ("reward", "--prompts", "no-rows", "--prompts {} cannot be loaded as a data set"),
     ("reinforce", "--prompts", "no-train", "--prompts {} has no split 'train'; it has test"),
     ("dpo", "--pairs", "nowhere", "--pairs {}: there is no such folder"),
