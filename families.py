@@ -23,7 +23,7 @@ SPARE = 8  # tokens before a cut that are not trusted
 
 
 def encode(tokenizer, texts):
-    """List of str -> list of lists of ids, nothing added. A literal <|endoftext|> stays text and becomes no end token."""
+    """List of str -> list of lists of ids, nothing added. A literal <|endoftext|> stays text, no end token."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -127,7 +127,7 @@ def load_model(auto_class, kind, flag, name, device, precision):
 
 
 def end_token(flag, name, model, tokenizer):
-    """-> int: the config's eos; of several the tokenizer's own, or else the first; where it has none, the tokenizer's."""
+    """-> int: the config's eos; of several the tokenizer's own, else the first; of none the tokenizer's."""
     configs = (model.config, model.config.get_text_config())  # one in the other, for models that read images too
     given = [getattr(config, "eos_token_id", None) for config in configs]
     found, own = given[1] if given[0] is None else given[0], tokenizer.eos_token_id
