@@ -154,6 +154,7 @@ def load_policy(name, device, precision="fp32"):
     model = load_model(AutoModelForCausalLM, "a language model", "--policy", name, device, "fp32")
     tokenizer = load_tokenizer("--policy", name)
     model.config.eos_token_id = end_token("--policy", name, model, tokenizer)
+    model.config.vocab_size = model.config.get_text_config().vocab_size  # which a model that reads images hides
     check_words("--policy", name, model, tokenizer, model.config.eos_token_id)
     with loading("--policy", name, "a policy to sample from and to score"):
         check_forecasts(model)
@@ -182,8 +183,9 @@ def check_forecasts(model):
 def load_reference(name, policy, device, precision="fp32"):
     """The original model, without gradients, for a policy of the same vocabulary."""
     reference = load_model(AutoModelForCausalLM, "a language model", "--reference", name, device, precision)
-    if reference.config.vocab_size != policy.config.vocab_size:
-        sizes = f"{reference.config.vocab_size} words, the policy {policy.config.vocab_size}"
+    words = reference.config.get_text_config().vocab_size
+    if words != policy.config.vocab_size:
+        sizes = f"{words} words, the policy {policy.config.vocab_size}"
         raise UserError(f"--reference {name} has a vocabulary of {sizes}: there is no KL between them")
     return reference
 
