@@ -34,6 +34,8 @@ any_kind = pytest.mark.parametrize("kind", KINDS)
 ENDINGS = [" is a joy.", " is", "is", ".", ", not a bore", "!", "(no)", "apple", "a", "0 of 10"]  # after "The film"
 REVIEWS = [row["text"] for row in grammar.write_reviews(40, random.Random(0), set())[0]]
 
+PHRASE = "joy to see it in"
+
 # ---- tokenizers --------------------------------------------------------------------------------------------
 
 
@@ -58,7 +60,7 @@ def with_bos(tokenizer):
 def llama_tokenizer(old=False):
     """BPE of whole texts, spaces written as ▁, one more of them before the text; unknown characters as bytes.
 
-    Old: the space comes before a text's own one, too. And tokens may span words: hard for whoever cuts a text.
+    Old: the space comes before a text's own one, too. And tokens may span words or lines: PHRASE is one token.
     """
     tokenizer = Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if old:
@@ -68,7 +70,7 @@ def llama_tokenizer(old=False):
     alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
     special = ["<unk>", "<s>", "</s>", *alphabet]
     trainer = trainers.BpeTrainer(vocab_size=420, show_progress=False, special_tokens=special)
-    tokenizer.train_from_iterator(REVIEWS, trainer)
+    tokenizer.train_from_iterator(REVIEWS + [PHRASE, "a\n\nb"] * 300 * old, trainer)
     written = json.loads(tokenizer.to_str())
     written["added_tokens"] = written["added_tokens"][:3]  # the bytes are words like others
     if not old:
@@ -140,10 +142,11 @@ def test_the_opening_is_what_the_tokenizer_writes_before_a_text_and_not_what_it_
 
 @any_tokenizer
 def test_the_first_tokens_are_those_of_the_whole_text_though_tokens_may_span_words(tokenizer):
-    texts = [" ".join(REVIEWS[first : first + 4]) for first in range(30)]
+    texts = [f"{PHRASE} one", *(" ".join(REVIEWS[first : first + 4]) for first in range(30))]
     whole = common.encode(tokenizer, texts)
     for length in (1, 2, 10):
         assert common.first_tokens(tokenizer, texts, length) == [ids[:length] for ids in whole]
+    assert (common.decode(tokenizer, [whole[0][:1]]) == [PHRASE]) == (tokenizer is TOKENIZERS["old llama"])
 
 
 # ---- policies ----------------------------------------------------------------------------------------------
