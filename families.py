@@ -5,8 +5,6 @@ weights for. A model may have several end tokens, or room for fewer tokens than 
 chat templates, models that read more than text, models that keep no keys and values (state space models).
 """
 
-import inspect
-
 import torch
 from transformers import AutoTokenizer
 
@@ -170,12 +168,10 @@ def check_length(model, length, flags, tokenizer=None):
 
 @torch.no_grad()
 def fit_classifier(flag, name, model, tokenizer):
-    """Changes the tokenizer so that it pads as the model needs it, and writes nothing that the model does not take.
+    """Makes the tokenizer pad as the model needs it: a text's logits are the same alone and beside a longer one.
 
-    UserError if there is no way: a text's logits must be the same alone and beside a longer one.
+    UserError if there is no way.
     """
-    taken = inspect.signature(type(model).forward).parameters
-    tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key in taken]
     config = model.config.get_text_config()
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -192,6 +188,6 @@ def fit_classifier(flag, name, model, tokenizer):
         alone = torch.cat([logits(text) for text in texts])
         for side in sorted(("right", "left"), key=lambda side: side != tokenizer.padding_side):  # its own first
             tokenizer.padding_side = side
-            if torch.allclose(logits(*texts), alone, atol=1e-2):
+            if torch.allclose(logits(*texts), alone, atol=1e-2, equal_nan=True):
                 return
         raise ValueError("beside a longer text, a short one has other logits")

@@ -271,16 +271,19 @@ def test_prompts_begin_with_the_tokenizers_own_tokens_and_hold_as_many_of_the_re
 
 
 def test_a_pairs_prompt_begins_with_the_tokenizers_own_tokens_and_an_empty_one_is_left_out(loaded, tmp_path, capsys):
-    rows = [pair(0), {**pair(1), "prompt": ""}]
+    ends = {"positive_completion": "!", "negative_completion": ", a bore"}  # no space where they meet
+    rows = [pair(0), {**pair(1), "prompt": ""}, {**pair(2), **ends}]
     toy.save_rows(tmp_path / "pairs", train=rows, test=rows[:1])
     for kind in KINDS:
         tokenizer = loaded[kind][1]
         pairs = dpo.load_pairs(str(tmp_path / "pairs"), tokenizer, tokenizer.eos_token_id, 60)
-        assert "train pairs: 1 of 2" in capsys.readouterr().out
+        assert "train pairs: 2 of 3" in capsys.readouterr().out
         first = {"gpt2": [], "llama": [1], "gpt_neox": []}[kind]
         assert pairs["train"][0].prompt == first + common.encode(tokenizer, ["Film 0"])[0]
-        text = common.decode(tokenizer, [pairs["train"][0].prompt + pairs["train"][0].chosen])
-        assert text == ["Film 0 is a joy, scene 0."] and pairs["train"][0].chosen[-1] == tokenizer.eos_token_id
+        sides = [(one.prompt, side) for one in pairs["train"] for side in (one.chosen, one.rejected)]
+        texts = ["Film 0 is a joy, scene 0.", "Film 0 is a bore, scene 0.", "Film 2!", "Film 2, a bore"]
+        assert common.decode(tokenizer, [prompt + side for prompt, side in sides]) == texts
+        assert all(side[-1] == tokenizer.eos_token_id for _, side in sides)
 
 
 def test_the_tokenizers_own_tokens_need_positions_too(loaded):
@@ -354,8 +357,8 @@ def test_a_family_that_would_give_wrong_numbers_is_refused_in_a_line(tmp_path):
         toy.save_model(tmp_path / str(number), louder(model), TOKENIZERS["llama"])
         with pytest.raises(common.UserError) as refusal:
             common.load_policy(str(tmp_path / str(number)), CPU)
-        start = f"--policy {tmp_path}/{number} cannot be loaded as a policy to sample from and to score ("
-        assert str(refusal.value).startswith(start) and reason in str(refusal.value)
+        start = f"--policy {tmp_path}/{number} cannot be loaded as a policy that keeps keys and values and reads"
+        assert str(refusal.value).startswith(f"{start} padded rows (") and reason in str(refusal.value)
 
 
 class Forgets(torch.nn.Module):
@@ -368,8 +371,8 @@ class Forgets(torch.nn.Module):
     def forward(self, **inputs):
         output = self.model(**inputs)
         if output.past_key_values:
-            select = output.past_key_values.batch_select_indices
-            output.past_key_values.batch_select_indices = lambda rows: select(1 - rows)
+            select = output.past_key_values.reorder_cache
+            output.past_key_values.reorder_cache = lambda rows: select(1 - rows)
         return output
 
 
