@@ -151,14 +151,14 @@ def checked_grad_norm(step, values, model, max_norm=None):
 
 def load_policy(name, device, precision="fp32"):
     """Hub name or local folder -> (language model, tokenizer)."""
-    model = load_model(AutoModelForCausalLM, "a language model", "--policy", name, device, "fp32")  # to be tried
+    model = load_model(AutoModelForCausalLM, "a language model", "--policy", name, device, "fp32")
     tokenizer = load_tokenizer("--policy", name)
     model.config.eos_token_id = end_token("--policy", name, model, tokenizer)
     model.config.vocab_size = model.config.get_text_config().vocab_size  # which a model that reads images hides
     check_words("--policy", name, model, tokenizer, model.config.eos_token_id)
     with loading("--policy", name, "a policy that keeps keys and values and reads padded rows"):
         check_forecasts(model)
-    return prepare(model, precision), tokenizer
+    return prepare(model, precision), tokenizer  # not sooner: the check needs exact numbers
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ def load_tokenizer(flag, name):
 
 
 def load_model(auto_class, kind, flag, name, device, precision):
-    """A model with fp32 weights, in eval mode: no dropout, not in sampling and not in training.
+    """A model with fp32 weights whatever the checkpoint's are, in eval mode: no dropout, not in sampling or training.
 
     precision "bf16" runs its matrix products in bf16; weights and losses are fp32 in any case.
     """

@@ -35,7 +35,10 @@ class Scorer(NamedTuple):
 
 
 def positive_index(id2label, wanted=None):
-    """{index: label name} -> index of the label `wanted`, else of the positive one; ValueError if unclear."""
+    """{index: label name} -> index of the label `wanted`, else of the positive one; ValueError if unclear.
+
+    A single label must be the positive one, too, or the one wanted: its logit says how likely that is.
+    """
     names = {index: str(label).casefold() for index, label in id2label.items()}
     accepted = [wanted.casefold()] if wanted else ["positive", "pos"]
     if not wanted and sorted(names.values()) in (["label_0"], ["label_0", "label_1"]):
