@@ -12,14 +12,12 @@ completions on the right, so that every completion starts at column P. One row, 
 import zlib
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from families import check_words, end_token, first_tokens, load_model, load_tokenizer, opening
 from fast import cast_once, prepare
 from inputs import load_columns, loading
 from runs import UserError
-
-# What GPT-2's pattern calls white space: less than Python does.
-WHITE = "".join(mark for mark in map(chr, range(0x3001)) if mark.isspace() and mark not in "\x1c\x1d\x1e\x1f")
 
 # ---- log-probabilities -------------------------------------------------------------------------------------
 
@@ -104,7 +102,7 @@ def sample(model, prompts, length, generator=None, forecasts=None, own=slice(Non
                 rows, drawn = rows[going], drawn[going]
                 if not len(rows):
                     break
-                cache.batch_select_indices(going.nonzero().squeeze(1))  # its row i is now tokens[rows[i]]
+                cache.reorder_cache(going.nonzero().squeeze(1))  # its row i is now tokens[rows[i]]
             new = drawn.unsqueeze(1)
     return tokens
 
@@ -151,83 +149,51 @@ def checked_grad_norm(step, values, model, max_norm=None):
 # ---- loading -----------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(flag, name):
-    """The tokenizer of a model, by hub name or local folder."""
-    with loading(flag, name, "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what the library returns where it finds none
-        raise UserError(f"{flag} {name} has no tokenizer: put its files beside the model's (save_pretrained)")
-    return tokenizer
-
-
-def load_model(auto_class, kind, flag, name, device, precision):
-    """A model with fp32 weights, in eval mode: no dropout, not in sampling and not in training.
-
-    precision "bf16" runs its matrix products in bf16; weights and losses are fp32 in any case.
-    """
-    with loading(flag, name, kind):
-        model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:  # the library would fill them with random numbers
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"{flag} {name} is not {kind}: its checkpoint has no {missing}")
-    return prepare(model.eval().to(device), precision)
-
-
 def load_policy(name, device, precision="fp32"):
     """Hub name or local folder -> (language model, tokenizer)."""
-    model = load_model(AutoModelForCausalLM, "a language model", "--policy", name, device, precision)
+    model = load_model(AutoModelForCausalLM, "a language model", "--policy", name, device, "fp32")
     tokenizer = load_tokenizer("--policy", name)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(f"--policy {name}: its tokenizer has {len(tokenizer)} words, the model fewer")
-    if model.config.eos_token_id is None:
-        model.config.eos_token_id = tokenizer.eos_token_id
-    if not isinstance(model.config.eos_token_id, int):
-        raise UserError(f"--policy {name}: config.json needs one number as eos_token_id")
-    return model, tokenizer
+    model.config.eos_token_id = end_token("--policy", name, model, tokenizer)
+    model.config.vocab_size = model.config.get_text_config().vocab_size  # which a model that reads images hides
+    check_words("--policy", name, model, tokenizer, model.config.eos_token_id)
+    with loading("--policy", name, "a policy that keeps keys and values and reads padded rows"):
+        check_forecasts(model)
+    return prepare(model, precision), tokenizer  # not sooner: the check needs exact numbers
+
+
+@torch.no_grad()
+def check_forecasts(model):
+    """ValueError unless a row is forecast the same with padding on its left, and from a cache that another row left.
+
+    Some families count positions in their own way, or keep something else than keys and values.
+    """
+    tokens = torch.arange(2, 14, device=model.device).view(2, 6) % model.config.get_text_config().vocab_size
+    attention = torch.ones_like(tokens)
+    attention[1, 0] = 0  # the second row begins one column later
+    padded, alone = completion_logits(model, tokens, 2, attention)[1:], completion_logits(model, tokens[1:, 1:], 2)
+    cache = model(input_ids=tokens[:, :4], use_cache=True, logits_to_keep=1).past_key_values
+    cache.reorder_cache(torch.tensor([1], device=model.device))
+    cached = model(input_ids=tokens[1:, 4:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    whole = model(input_ids=tokens[1:], use_cache=False, logits_to_keep=1).logits
+    for found, expected, where in ((padded, alone, "padded on the left"), (cached, whole, "sampled with a cache")):
+        if not torch.allclose(found.log_softmax(dim=-1), expected.log_softmax(dim=-1), atol=1e-2, equal_nan=True):
+            raise ValueError(f"a row has other log-probs when it is {where}")
 
 
 def load_reference(name, policy, device, precision="fp32"):
     """The original model, without gradients, for a policy of the same vocabulary."""
     reference = load_model(AutoModelForCausalLM, "a language model", "--reference", name, device, precision)
-    if reference.config.vocab_size != policy.config.vocab_size:
-        sizes = f"{reference.config.vocab_size} words, the policy {policy.config.vocab_size}"
+    words = reference.config.get_text_config().vocab_size
+    if words != policy.config.vocab_size:
+        sizes = f"{words} words, the policy {policy.config.vocab_size}"
         raise UserError(f"--reference {name} has a vocabulary of {sizes}: there is no KL between them")
     return reference
 
 
-def check_length(model, length, flags):
-    """UserError if the model has fewer positions than the flags ask for."""
-    longest = getattr(model.config, "max_position_embeddings", length)
-    if length > longest:
-        raise UserError(f"{flags} = {length} tokens, but the policy has {longest} positions")
-
-
-def encode(tokenizer, texts):
-    """List of str -> list of lists of ids. A literal <|endoftext|> stays text and becomes no end token."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-
-def decode(tokenizer, tokens):
-    """(B, T) -> list of B str, as they stand but for special tokens (finished rows are filled with eos)."""
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    return tokenizer.batch_decode(tokens, **options) if len(tokens) else []  # of no rows it makes one text
-
-
-def first_tokens(tokenizer, texts, length):
-    """List of str -> the first `length` ids of each: those of the whole text, without encoding all of it.
-
-    A text is cut where a space begins, and no token spans that border: tokens begin with their space.
-    Where the cut text has too few tokens, the whole is encoded.
-    """
-    cut = 16 * length  # characters: nearly always enough
-    heads = [text if len(text) <= cut else text[:cut].rpartition(" ")[0].rstrip(WHITE) for text in texts]
-    pairs = zip(encode(tokenizer, heads), texts, strict=True)
-    return [(ids if len(ids) >= length else encode(tokenizer, [text])[0])[:length] for ids, text in pairs]
-
-
 def load_prompts(name, split, tokenizer, length, order, limit=None):
-    """-> (n, P) LongTensor: the first P = `length` tokens of a split's reviews, shuffled by a Generator.
+    """-> (n, P) LongTensor: the first `length` tokens of a split's reviews, shuffled by a Generator.
 
+    Before them stands what the tokenizer writes before any text: a bos, or nothing, as for GPT-2 (P = `length`).
     The data set is sorted by label: without the shuffle the first n = `limit` would all be negative.
     Shorter reviews are left out and counted: prompts never need padding.
     """
@@ -238,4 +204,4 @@ def load_prompts(name, split, tokenizer, length, order, limit=None):
         raise UserError(f"--prompts {name}: no {split} review has {length} tokens; lower --prompt-len")
     short, prompts = len(texts) - len(prompts), prompts[:limit]
     print(f"{split} prompts: {len(prompts)} of {len(texts)} reviews; {short} have fewer than {length} tokens")
-    return torch.tensor(prompts)
+    return torch.tensor([opening(tokenizer) + ids for ids in prompts])

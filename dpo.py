@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import Progress
-from common import (check_length, checked_grad_norm, completion_logits, encode, load_policy, load_reference,
-                    masked_sum, seeded)
+from common import checked_grad_norm, completion_logits, load_policy, load_reference, masked_sum, seeded
+from families import check_length, encode, encode_after, opening
 from fast import like_lengths, logps_and_kl, parts, pick_device
 from inputs import load_columns
 from ranks import summed, turns
@@ -95,7 +95,9 @@ def load_pairs(name, tokenizer, eos, max_len):
     prompts, chosen, rejected = (train[column] + test[column] for column in range(3))
     chosen, rejected, layout = split_completions(prompts, chosen, rejected)
     print(f"pairs: {layout}")
-    ids = [encode(tokenizer, texts) for texts in (prompts, chosen, rejected)]
+    first = opening(tokenizer)  # a bos, or nothing
+    prompts = [ids and first + ids for ids in encode(tokenizer, prompts)]
+    ids = (prompts, encode_after(tokenizer, chosen), encode_after(tokenizer, rejected))
     pairs = [make_pair(*row, eos, max_len) for row in zip(*ids, strict=True)]
     splits = {"train": pairs[: len(train[0])], "test": pairs[len(train[0]) :]}
     for split, rows in splits.items():
@@ -215,7 +217,7 @@ def main(argv=None):
     run = runs.Run(args, "dpo.py")
     device, precision = pick_device(args.device, args.precision)
     policy, tokenizer = load_policy(args.policy, device, precision)
-    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len")
+    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len", tokenizer)
     check_length(policy, args.max_len, "--max-len")
     reference = load_reference(args.reference or args.policy, policy, device, precision)
     scorer = load_scorer(args.reward_model, device, args.positive_label, precision)

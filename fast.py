@@ -54,13 +54,26 @@ def prepare(model, precision):
     if model.device.type == "cpu":  # for rows this short, plain matrix products beat the fused attention
         model.set_attn_implementation("eager")
     model.bf16 = precision == "bf16"
-    if model.bf16:  # from here on, a call of the model is a call under autocast, for a deepcopy too
-        model.forward = types.MethodType(autocast(model, model.device)(type(model).forward), model)
+    if model.bf16:
         head = model.get_output_embeddings()
-        if type(head) is torch.nn.Linear and head.bias is None:
+        if type(head) is torch.nn.Linear and head.bias is None and ends_with(head, model):
             head.register_buffer("middle", head.weight.detach().mean(dim=0), persistent=False)
             head.__class__ = CentredHead
+        # From here on, a call of the model is a call under autocast, for a deepcopy too.
+        model.forward = types.MethodType(autocast(model, model.device)(type(model).forward), model)
     return model
+
+
+@torch.no_grad()
+def ends_with(head, model):
+    """True if a number that the head adds to all logits is seen by no softmax. False where something bends the logits
+    after the head, as a soft cap does."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    plain = model(input_ids=token, use_cache=False).logits.log_softmax(dim=-1)
+    hook = head.register_forward_hook(lambda head, inputs, logits: logits + 64)
+    moved = model(input_ids=token, use_cache=False).logits.log_softmax(dim=-1)
+    hook.remove()
+    return torch.allclose(moved, plain, atol=1e-3)
 
 
 class CentredHead(torch.nn.Linear):

@@ -18,8 +18,9 @@ import runs  # before torch, so that Ctrl-C while it loads needs no traceback
 import torch
 
 from checkpoint import Progress
-from common import (check_length, checked_grad_norm, completion_logits, completion_mask, decode,
-                    load_policy, load_prompts, load_reference, masked_sum, sample, seeded)
+from common import (checked_grad_norm, completion_logits, completion_mask, load_policy, load_prompts, load_reference,
+                    masked_sum, sample, seeded)
+from families import check_length, decode
 from fast import logps_and_kl, parts, pick_device
 from ranks import gathered, mine, summed
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples, positivity
@@ -122,7 +123,7 @@ def main(argv=None):
     run = runs.Run(args, "reinforce.py")
     device, precision = pick_device(args.device, args.precision)
     policy, tokenizer = load_policy(args.policy, device, precision)
-    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len")
+    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len", tokenizer)
     reference = load_reference(args.reference or args.policy, policy, device, precision)
     scorer = load_scorer(args.reward_model, device, args.positive_label, precision)
     order = seeded(args.seed, "train subset")

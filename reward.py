@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from common import (check_length, completion_logits, completion_mask, decode, load_model, load_policy,
-                    load_prompts, load_reference, load_tokenizer, masked_sum, sample, seeded)
-from fast import logps_and_kl, pick_device
+from common import (completion_logits, completion_mask, load_policy, load_prompts, load_reference, masked_sum, sample,
+                    seeded)
+from families import check_length, decode, decode_after, fit_classifier, load_model, load_tokenizer, positions
+from fast import logps_and_kl, pick_device, prepare
 from measures import DISTINCT_TEXTS, distinct
 from ranks import everyone, mine
 
@@ -35,11 +36,14 @@ class Scorer(NamedTuple):
 
 
 def positive_index(id2label, wanted=None):
-    """{index: label name} -> index of the label `wanted`, else of the positive one; ValueError if unclear."""
+    """{index: label name} -> index of the label `wanted`, else of the positive one; ValueError if unclear.
+
+    A single label must be the positive one, too, or the one wanted: its logit says how likely that is.
+    """
     names = {index: str(label).casefold() for index, label in id2label.items()}
     accepted = [wanted.casefold()] if wanted else ["positive", "pos"]
-    if not wanted and sorted(names.values()) == ["label_0", "label_1"]:
-        accepted = ["label_1"]  # the course's model
+    if not wanted and sorted(names.values()) in (["label_0"], ["label_0", "label_1"]):
+        accepted = [f"label_{len(names) - 1}"]  # the course's model, and those with a single logit
     found = [index for index, name in names.items() if name in accepted]
     if len(found) != 1:
         labels = ", ".join(map(str, id2label.values()))
@@ -49,12 +53,14 @@ def positive_index(id2label, wanted=None):
 
 def load_scorer(name, device, positive_label=None, precision="fp32"):
     """Hub name or local folder of a sentiment classifier -> Scorer."""
-    model = load_model(AutoModelForSequenceClassification, "a classifier", "--reward-model", name, device, precision)
+    model = load_model(AutoModelForSequenceClassification, "a classifier", "--reward-model", name, device, "fp32")
     try:
         positive = positive_index(model.config.id2label, positive_label)
     except ValueError as error:
         raise runs.UserError(f"--reward-model {name}: {error}; name one with --positive-label") from None
-    return Scorer(model, load_tokenizer("--reward-model", name), positive)
+    tokenizer = load_tokenizer("--reward-model", name)
+    fit_classifier("--reward-model", name, model, tokenizer)
+    return Scorer(prepare(model, precision), tokenizer, positive)
 
 
 @torch.no_grad()
@@ -62,10 +68,13 @@ def positivity(scorer, texts):
     """List of B str -> (B,): the reward, P(positive) in [0, 1]. Text over the classifier's length is cut."""
     if not texts:  # more ranks than rows
         return torch.zeros(0, device=scorer.model.device)
-    longest = min(scorer.tokenizer.model_max_length, getattr(scorer.model.config, "max_position_embeddings", 512))
+    longest = min(scorer.tokenizer.model_max_length, positions(scorer.model) or 512)
     options = {"padding": True, "truncation": True, "max_length": longest, "split_special_tokens": True}
     inputs = scorer.tokenizer(texts, return_tensors="pt", **options).to(scorer.model.device)
-    return scorer.model(**inputs).logits.float().softmax(dim=-1)[:, scorer.positive]
+    logits = scorer.model(**inputs).logits.float()
+    if logits.shape[1] == 1 or scorer.model.config.problem_type == "multi_label_classification":
+        return logits.sigmoid()[:, scorer.positive]  # not a choice between labels; the softmax of one logit is 1
+    return logits.softmax(dim=-1)[:, scorer.positive]
 
 
 @torch.no_grad()
@@ -102,7 +111,7 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
         columns = {
             "number": batch[own].tolist(),
             "prompt": decode(tokenizer, prompts[batch[own]]),
-            "completion": decode(tokenizer, completions),
+            "completion": decode_after(tokenizer, completions),
             "text": texts,
             "reward": reward.tolist(),
             "kl": masked_sum(kls, mask).tolist(),
@@ -141,7 +150,8 @@ def log_samples(policy, tokenizer, scorer, prompts, run, step):
     noise = seeded(run.args.seed, "samples", policy.device)
     tokens = sample(policy, prompts[:SAMPLES].to(policy.device), run.args.completion_len, noise)
     rewards = positivity(scorer, decode(tokenizer, tokens)).tolist()
-    starts, ends = decode(tokenizer, tokens[:, : prompts.shape[1]]), decode(tokenizer, tokens[:, prompts.shape[1] :])
+    starts, ends = tokens.split([prompts.shape[1], run.args.completion_len], dim=1)
+    starts, ends = decode(tokenizer, starts), decode_after(tokenizer, ends)
     for start, end, reward in zip(starts, ends, rewards, strict=True):
         run.sample(step=step, prompt=start, completion=end, reward=reward)
     tqdm.write(f"step {step}, reward {rewards[0]:.2f}: {starts[0]!r} -> {ends[0]!r}")
@@ -168,7 +178,7 @@ def main(argv=None):
     run = runs.Run(args, "reward.py")
     device, precision = pick_device(args.device, args.precision)
     policy, tokenizer = load_policy(args.policy, device, precision)
-    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len")
+    check_length(policy, args.prompt_len + args.completion_len, "--prompt-len + --completion-len", tokenizer)
     original = args.reference or runs.COURSE["policy"]
     reference = policy
     if original != args.policy:

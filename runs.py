@@ -28,7 +28,7 @@ COURSE = {  # the names that the course uses on the model hub
     "pairs": "hallisky/synthetic-imdb-movie-reviews-parallel",
 }
 LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow during training; all other files are written whole
-CODE = ("common.py", "fast.py", "ranks.py", "reward.py")  # what training depends on, with the script itself
+CODE = ("common.py", "families.py", "fast.py", "ranks.py", "reward.py")  # training depends on it
 FREE = ("out", "overwrite", "save_every", "micro_batch", "eval_batch_size")  # flags that may change when a run goes on
 SUMMARY = ("reward", "reward_se", "n", "kl", "distinct_2", "test_loss", "test_accuracy")  # said at a run's end
 

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import common
 import dpo
+import families
 import inputs
 import report
 import toy
@@ -52,10 +53,10 @@ def test_hostile_texts_are_trained_on_as_texts_and_shown_harmlessly(world, tmp_p
     shown = said.out + said.err + capsys.readouterr().out + results
     assert not set(shown) & set("\x00\x07\x1b\u202e\u2066\u2029") and "table" in results
     assert not re.search(r"^(?!    ).*<script>", results, re.MULTILINE)  # in indented blocks only
-    tokenizer = common.load_tokenizer("--policy", str(here / "policy"))
+    tokenizer = families.load_tokenizer("--policy", str(here / "policy"))
     prompts = common.load_prompts(str(here / "prompts"), "train", tokenizer, 10, common.seeded(0, "test order"))
     assert tokenizer.eos_token_id not in prompts
-    starts = common.decode(tokenizer, prompts)
+    starts = families.decode(tokenizer, prompts)
     assert sum(any(text.startswith(start) for start in starts) for text in HOSTILE) >= 5  # a cut emoji is no text
     pairs = dpo.load_pairs(str(here / "pairs"), tokenizer, tokenizer.eos_token_id, 128)
     assert all(len(pair.prompt) + len(side) <= 128 for pair in pairs["train"] for side in (pair.chosen, pair.rejected))
@@ -143,7 +144,8 @@ def odd(world, reviews, tmp_path_factory):
     ignore = shutil.ignore_patterns("tokenizer*", "vocab*")
     shutil.copytree(world / "reward_model", folder / "mute-classifier", ignore=ignore)
     shutil.copytree(world / "policy", folder / "endless")
-    change(folder / "endless" / "config.json", eos_token_id=[0, 1])
+    change(folder / "endless" / "config.json", eos_token_id=None)
+    change(folder / "endless" / "tokenizer_config.json", eos_token=None)
     (folder / "no-rows").mkdir()
     datasets.Dataset.from_dict({"text": [], "label": []}).to_parquet(folder / "no-rows" / "test.parquet")
     toy.save_rows(folder / "no-train", test=labelled(reviews))
@@ -168,7 +170,7 @@ BAD_FOLDERS = [  # script, flag, folder below `odd`, what the one line must say
     ("reward", "--reward-model", "../policy", "{} is not a classifier: its checkpoint has no score.weight"),
     ("reward", "--reward-model", "nowhere", "--reward-model {}: there is no such folder"),
     ("reward", "--reward-model", "mute-classifier", "--reward-model {} has no tokenizer"),
-    ("reward", "--policy", "endless", "--policy {}: config.json needs one number as eos_token_id"),
+    ("reward", "--policy", "endless", "--policy {}: neither config.json nor the tokenizer names an end token"),
     ("reward", "--prompts", "no-rows", "--prompts {} cannot be loaded as a data set"),
     ("reinforce", "--prompts", "no-train", "--prompts {} has no split 'train'; it has test"),
     ("dpo", "--pairs", "nowhere", "--pairs {}: there is no such folder"),

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import common
 import dpo
+import families
 import fast
 import reinforce
 import toy
@@ -65,18 +66,18 @@ def model():
 @any_tokenizer
 @given(text=texts)
 def test_any_text_comes_back_as_it_was_and_holds_no_end_token(tokenizer, text):
-    (found,) = common.encode(tokenizer, [text])
+    (found,) = families.encode(tokenizer, [text])
     assert tokenizer.eos_token_id not in found
-    assert common.decode(tokenizer, [found]) == [text]
-    assert common.decode(tokenizer, [[*found, tokenizer.eos_token_id]]) == [text]
+    assert families.decode(tokenizer, [found]) == [text]
+    assert families.decode(tokenizer, [[*found, tokenizer.eos_token_id]]) == [text]
 
 
 @any_tokenizer
 @given(text=texts, length=st.integers(1, 12), repeat=st.integers(1, 20))
 def test_the_first_tokens_are_those_of_the_whole_text(tokenizer, text, length, repeat):
     text *= repeat  # so that it is cut
-    (whole,) = common.encode(tokenizer, [text])
-    assert common.first_tokens(tokenizer, [text], length) == [whole[:length]]
+    (whole,) = families.encode(tokenizer, [text])
+    assert families.first_tokens(tokenizer, [text], length) == [whole[:length]]
 
 
 # ---- masks -------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def test_the_mask_ends_with_the_first_eos(completions):
 def test_the_mask_covers_the_completions_own_tokens_and_nothing_else(tokenizer, rows, max_len):
     """From text to tensors: under the mask stand the completion's tokens, and the end where nothing was cut."""
     eos = tokenizer.eos_token_id
-    encoded = [common.encode(tokenizer, row) for row in rows]
+    encoded = [families.encode(tokenizer, row) for row in rows]
     kept = [row for row in encoded if row[0] and row[1] and row[2] and len(row[0]) < max_len]
     made = [dpo.make_pair(*row, eos, max_len) for row in encoded]
     assert [pair is not None for pair in made] == [row in kept for row in encoded]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import dpo
+import families
 import fast
 import reinforce
 import report
@@ -117,7 +118,7 @@ def test_kl_of_the_evaluation_is_that_of_policy_to_reference(world, finished):
     picked = [logps.gather(2, tokens[:, 10:, None])[..., 0] for logps in (p, q)]
     expected = {"kl": (p.exp() * (p - q)).sum(-1), "logp": picked[0], "reference_logp": picked[1], "length": 1 * mask}
     rows = rows_of(finished / "beta-0.1" / "completions.jsonl")
-    assert [row["text"] for row in rows] == common.decode(tokenizer, tokens)
+    assert [row["text"] for row in rows] == families.decode(tokenizer, tokens)
     for key, values in expected.items():
         assert [row[key] for row in rows] == pytest.approx((values * mask).sum(-1).tolist(), abs=1e-3), key
     assert json.loads((finished / "beta-0.1" / "eval.json").read_text())["kl"] > 0.01
@@ -248,26 +249,26 @@ def test_prompt_ids_are_those_of_the_whole_text(reviews):
     texts += ["é" * 15 + " film" * 9, " " * 40 + "film", "film\u00a0was \u2003good  indeed" * 9]
     tokenizer = toy.policy_tokenizer(texts)  # so runs of spaces and the long words are one token each
     for length in (1, 2, 3, 10):
-        whole = [common.encode(tokenizer, [text])[0][:length] for text in texts]
-        assert common.first_tokens(tokenizer, texts, length) == whole
+        whole = [families.encode(tokenizer, [text])[0][:length] for text in texts]
+        assert families.first_tokens(tokenizer, texts, length) == whole
 
 
 def test_an_end_mark_inside_a_text_stays_text(world):
-    tokenizer = common.load_tokenizer("--policy", str(world / "policy"))
-    (ids,) = common.encode(tokenizer, ["good <|endoftext|> bad"])
+    tokenizer = families.load_tokenizer("--policy", str(world / "policy"))
+    (ids,) = families.encode(tokenizer, ["good <|endoftext|> bad"])
     assert tokenizer.eos_token_id not in ids
-    assert common.decode(tokenizer, torch.tensor([ids])) == ["good <|endoftext|> bad"]
-    assert common.decode(tokenizer, torch.tensor([[*ids, tokenizer.eos_token_id]])) == ["good <|endoftext|> bad"]
+    assert families.decode(tokenizer, torch.tensor([ids])) == ["good <|endoftext|> bad"]
+    assert families.decode(tokenizer, torch.tensor([[*ids, tokenizer.eos_token_id]])) == ["good <|endoftext|> bad"]
 
 
 def test_test_prompts_are_shuffled_and_the_first_n_stay_the_first_n(world, reviews):
-    tokenizer = common.load_tokenizer("--policy", str(world / "policy"))
+    tokenizer = families.load_tokenizer("--policy", str(world / "policy"))
     loaded = [
         common.load_prompts(str(world / "prompts"), "train", tokenizer, 12, common.seeded(0, "test order"), limit)
         for limit in (None, 7)
     ]
     assert loaded[0].shape == (80, 12) and loaded[0][:7].tolist() == loaded[1].tolist()
-    whole = [common.encode(tokenizer, [text])[0][:12] for text in reviews]
+    whole = [families.encode(tokenizer, [text])[0][:12] for text in reviews]
     assert sorted(loaded[0].tolist()) == sorted(whole) and loaded[0].tolist() != whole
 
 
@@ -288,13 +289,13 @@ def test_positivity_is_the_softmax_of_the_positive_label_row_by_row(world, tmp_p
 
 
 def test_pairs_are_cut_counted_and_encoded_apart(world, tmp_path, capsys):
-    tokenizer = common.load_tokenizer("--policy", str(world / "policy"))
+    tokenizer = families.load_tokenizer("--policy", str(world / "policy"))
     rows = [pair(0), {**pair(1), "prompt": "the film " * 40}, {**pair(2), "negative_completion": ""}]
     toy.save_rows(tmp_path / "pairs", train=rows, test=rows[:1])
     pairs = dpo.load_pairs(str(tmp_path / "pairs"), tokenizer, tokenizer.eos_token_id, 32)
     said = capsys.readouterr().out
     assert "as they stand" in said and "train pairs: 1 of 3; 2 left out (an empty text, another layout" in said
-    expected = [common.encode(tokenizer, [rows[0][column]])[0] for column in dpo.COLUMNS]
+    expected = [families.encode(tokenizer, [rows[0][column]])[0] for column in dpo.COLUMNS]
     eos = [tokenizer.eos_token_id]
     assert pairs["train"] == [(expected[0], expected[1] + eos, expected[2] + eos)]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
 import dpo
+import families
 import grammar
 import reward
 import runs
@@ -93,11 +93,11 @@ def test_the_worlds_files_are_like_the_courses(world):
 
 
 def test_the_worlds_tokenizers_read_anything(world):
-    policy = common.load_tokenizer("--policy", str(world / "policy"))
+    policy = families.load_tokenizer("--policy", str(world / "policy"))
     texts = ["The script is superb.", "An unseen wörd 🎬\n<br />!", ""]
-    assert [policy.decode(ids) for ids in common.encode(policy, texts)] == texts
-    assert len(common.encode(policy, texts)[0]) == 5  # four words and a full stop
-    scorer = common.load_tokenizer("--reward-model", str(world / "reward_model"))
+    assert [policy.decode(ids) for ids in families.encode(policy, texts)] == texts
+    assert len(families.encode(policy, texts)[0]) == 5  # four words and a full stop
+    scorer = families.load_tokenizer("--reward-model", str(world / "reward_model"))
     assert scorer.tokenize("The script qux") == ["the", "script", "q", "##u", "##x"]
 
 

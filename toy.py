@@ -27,7 +27,8 @@ from transformers import (DistilBertConfig, DistilBertForSequenceClassification,
 import files
 import grammar
 import runs
-from common import completion_logits, decode, encode, masked_sum, seeded, token_logps
+from common import completion_logits, masked_sum, seeded, token_logps
+from families import decode, encode
 from reward import Scorer, positivity
 
 POSITIONS = 128  # tokens that the models can read
