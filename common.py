@@ -187,7 +187,7 @@ def load_reference(name, policy, device, precision="fp32"):
     if words != policy.config.vocab_size:
         sizes = f"{words} words, the policy {policy.config.vocab_size}"
         raise UserError(f"--reference {name} has a vocabulary of {sizes}: there is no KL between them")
-    return reference
+    return reference.requires_grad_(False)  # autocast would keep copies of weights that could have a gradient
 
 
 def load_prompts(name, split, tokenizer, length, order, limit=None):

@@ -230,9 +230,10 @@ def main(argv=None):
     size = args.micro_batch or args.batch_size
     reference_logps = run.saved.get("parts", {}).get("reference_logps") or {
         split: all_logps(reference, rows, size, f"reference, {split} pairs") for split, rows in pairs.items()}
+    reference.cpu()  # until the evaluation it is only in the way
     tested = train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run)
     run.save_model(policy, tokenizer)
-    run.finish(**evaluate(policy, reference, tokenizer, scorer, test_prompts, run), **tested)
+    run.finish(**evaluate(policy, reference.to(device), tokenizer, scorer, test_prompts, run), **tested)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
             if (step - 1) % SAMPLE_EVERY == 0:
                 log_samples(policy, tokenizer, scorer, test_prompts, run, step - 1)
             start = time.perf_counter()
+            optimizer.zero_grad()  # before sampling, which needs the memory
             own = mine(len(rows))  # of the B rows: all, but with torchrun (ranks.py)
             tokens = sample(policy, prompts[rows].to(device), args.completion_len, noise, own=own)
             reward = positivity(scorer, decode(tokenizer, tokens))
@@ -89,7 +90,6 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
             mask = completion_mask(completions, policy.config.eos_token_id)  # (B, N)
             advantage = leave_one_out(reward) if args.advantage == "loo" else reward
 
-            optimizer.zero_grad()
             found = torch.zeros(2, device=device)  # loss, KL
             for part, share in parts(len(tokens), args.micro_batch):  # one part with all rows, but for --micro-batch
                 logits = completion_logits(policy, tokens[part], args.completion_len)  # (B, N, V), B of this part
