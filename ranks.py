@@ -42,7 +42,7 @@ def joined():
 def first_to_fail():
     """True on the rank whose failure is the cause: the others fail because of it, and need not say so."""
     try:
-        return STORE.add("failed", 1) == 1
+        return STORE is None or STORE.add("failed", 1) == 1
     except RuntimeError:  # it has ended with the process that kept it
         return True
 

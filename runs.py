@@ -167,7 +167,7 @@ def parser(description):
     add("--reward-model", default=COURSE["reward_model"], help="classifier: name or folder (%(default)s)")
     add("--positive-label", help="the classifier's name for positive (found by itself)")
     add("--prompts", default=COURSE["prompts"], help="reviews: hub name or local folder (%(default)s)")
-    add("--prompt-len", type=count, default=10, metavar="P", help="prompt tokens (%(default)s)")
+    add("--prompt-len", type=count, default=10, metavar="P", help="prompt tokens, besides a bos (%(default)s)")
     add("--completion-len", type=count, default=20, metavar="N", help="sampled tokens (%(default)s)")
     add("--limit", type=count, metavar="n", help="train on n rows, chosen by --seed; reward.py trains on none (all)")
     add("--eval-limit", type=count, metavar="n", help="test on the first n prompts, and pairs (all)")
@@ -179,7 +179,7 @@ def parser(description):
 def training_flags(flags, batch_size, lr, epochs):
     """The flags of the two training scripts, with their defaults."""
     add = flags.add_argument
-    add("--batch-size", type=count, default=batch_size, metavar="B", help="rows a step (%(default)s)")
+    add("--batch-size", type=count, default=batch_size, metavar="B", help="rows a step, of all ranks (%(default)s)")
     add("--micro-batch", type=count, metavar="B", help="rows or pairs in memory at a time (the whole batch)")
     add("--lr", type=positive, default=lr, help="AdamW's learning rate (%(default)s)")
     add("--epochs", type=count, default=epochs, help="times through the training rows (%(default)s)")
