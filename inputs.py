@@ -29,11 +29,15 @@ def loading(flag, name, kind):
     except Exception as error:
         if type(error).__name__ == "DatasetGenerationError" and error.__cause__:
             error = error.__cause__  # it knows the row
-        reason, advice = " ".join(str(error).split())[:300] or type(error).__name__, ""
+        reason = " ".join(str(error).split()).partition(" for this kind of AutoModel")[0]  # a list of all kinds
+        reason, advice = reason[:300] or type(error).__name__, ""
         if "SafetensorError" in (type(error).__name__, type(error.__cause__).__name__):
             advice = ": model.safetensors is cut off or broken, copy or download it anew"
         elif isinstance(error, UnicodeError):
             advice = ": save its files as UTF-8"
+        elif "instantiate the backend tokenizer" in reason:
+            advice = ": put a tokenizer's files beside the model's (save_pretrained)"
+            reason = "nothing there can be read as one"
         elif isinstance(error, OSError) and not folder:  # other errors: it was found, but is wrong
             offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
             variable = "POLICY" if flag == "--reference" else flag.removeprefix("--").upper().replace("-", "_")

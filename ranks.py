@@ -15,9 +15,14 @@ import re
 import torch
 import torch.distributed as dist
 
-from runs import UserError
+from runs import UserError, out_of_memory
 
 STORE = None  # what the ranks can all read and write, while they are joined
+
+
+def several():
+    """True within joined(), with one rank, too. (PyTorch may have been built without torch.distributed.)"""
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextlib.contextmanager
@@ -29,8 +34,9 @@ def joined():
     global STORE
     store, rank, ranks = next(dist.rendezvous("env://"))  # from torchrun's environment variables
     STORE = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # after a restart, anew
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=STORE, rank=rank, world_size=ranks)
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    with together():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=STORE, rank=rank, world_size=ranks)
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as silence:
         if rank:
             silence.enter_context(contextlib.redirect_stdout(nowhere))
@@ -49,14 +55,14 @@ def first_to_fail():
 
 def claim(device):
     """Each rank takes the GPU of its own number; UserError if there are fewer than ranks."""
-    if not dist.is_initialized():
+    if not several():
         return
     ranks, local, gpus = dist.get_world_size(), int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device.type == "mps" and ranks > 1:
         raise UserError("--device mps: there is one such device, for one process; call it without torchrun")
     if device.type == "cuda":
         if local >= gpus:
-            raise UserError(f"torchrun: this machine has {gpus} GPUs; give --nproc-per-node={gpus}, or --device cpu")
+            raise UserError(f"torchrun: GPUs on this machine: {gpus}; give --nproc-per-node={gpus}, or --device cpu")
         torch.cuda.set_device(local)  # from here on it is "cuda"
 
 
@@ -64,11 +70,11 @@ def claim(device):
 
 
 def mine(rows):
-    """int -> slice: this rank's share of a batch of so many rows, in order; shares differ by one row at most.
+    """int -> slice: this rank's share (shard) of a batch of so many rows, in order; shares differ by a row at most.
 
     A rank may have none, if there are more ranks than rows.
     """
-    if not dist.is_initialized():
+    if not several():
         return slice(0, rows)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     return slice(rows * rank // ranks, rows * (rank + 1) // ranks)
@@ -76,7 +82,7 @@ def mine(rows):
 
 def turns():
     """-> slice: this rank's batches of a list, where each batch is one rank's."""
-    return slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
+    return slice(dist.get_rank(), None, dist.get_world_size()) if several() else slice(None)
 
 
 # ---- what the ranks tell each other ------------------------------------------------------------------------
@@ -88,18 +94,20 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(re.sub(r"\[.*?\] ", "", str(error)).split())[:80]  # without the library's paths
-        again = "call it again: training goes on from its checkpoint"
+        if out_of_memory(error):
+            raise
+        reason = re.sub(r"\[.*?\] ", "", str(error)).split(". ")[0].strip()  # without the library's paths and advice
+        again = "call it again: what is finished is kept, training goes on from its checkpoint"
         raise UserError(f"another rank has ended, killed or out of memory ({reason}); {again}") from error
 
 
 def summed(values, model=None):
-    """Adds up over the ranks, in place: a tensor of one shape on all, and the gradients of a model -> the tensor.
+    """Adds up over the ranks (all-reduce), in place: a tensor, and the gradients of a model -> the tensor.
 
     A rank's gradient is that of its rows' share of the batch's mean, so the sum is the whole batch's: exact for shares
     of any size. Every rank gets the same bits.
     """
-    if not dist.is_initialized():
+    if not several():
         return values
     tensors = [values]
     for weight in model.parameters() if model else ():
@@ -107,6 +115,7 @@ def summed(values, model=None):
             if weight.grad is None:  # a rank without rows
                 weight.grad = torch.zeros_like(weight)
             tensors.append(weight.grad)
+    anyone(0)  # between CPUs: a rank that has ended is an error there, while a GPU would wait for it for ever
     with together():
         for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             work.wait()
@@ -114,8 +123,8 @@ def summed(values, model=None):
 
 
 def gathered(values, rows):
-    """(b, ...) of this rank's rows of a batch -> (B, ...), B = `rows`, on every rank."""
-    if not dist.is_initialized():
+    """(b, ...) of this rank's rows of a batch -> (B, ...), B = `rows`, on every rank (all-gather of unequal shares)."""
+    if not several():
         return values
     whole = values.new_zeros(rows, *values.shape[1:])
     whole[mine(rows)] = values
@@ -123,8 +132,8 @@ def gathered(values, rows):
 
 
 def everyone(rows):
-    """List -> the lists of all ranks, one behind the other, on every rank."""
-    if not dist.is_initialized():
+    """List -> the lists of all ranks, one behind the other, on every rank (all-gather of objects)."""
+    if not several():
         return rows
     lists = [None] * dist.get_world_size()
     with together():
@@ -133,8 +142,8 @@ def everyone(rows):
 
 
 def anyone(number):
-    """int -> the largest that any rank has."""
-    if not dist.is_initialized():
+    """int -> the largest that any rank has (all-reduce)."""
+    if not several():
         return number
     largest = torch.tensor(number)
     with together():
@@ -142,9 +151,17 @@ def anyone(number):
     return largest.item()
 
 
+def agree(settings):
+    """UserError unless all ranks have the same dict of settings: other files on another machine, say."""
+    for rank, other in enumerate(everyone([settings])):
+        names = [name for name in {**settings, **other} if settings.get(name) != other.get(name)]
+        if names:
+            raise UserError(f"rank {rank} has another {', '.join(names)} than rank {dist.get_rank()}")
+
+
 def once(function, *args):
     """Rank 0 calls it -> its result, on every rank. A UserError that it raises is raised on every rank."""
-    if not dist.is_initialized():
+    if not several():
         return function(*args)
     found = [None, None]
     if dist.get_rank() == 0:

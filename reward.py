@@ -88,15 +88,15 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
     start, device, args = time.perf_counter(), policy.device, run.args
     noise = seeded(args.seed, "evaluation", device)
     batch_size = args.eval_batch_size or (256 if device.type == "cuda" else 64)
-    numbers = torch.arange(len(prompts)).repeat_interleave(args.samples_per_prompt)
-    batches = tqdm(numbers.split(batch_size), desc="evaluate", unit="batch", dynamic_ncols=True)
+    places = torch.arange(len(prompts) * args.samples_per_prompt)  # of the completions: k for each prompt
+    batches = tqdm(places.split(batch_size), desc="evaluate", unit="batch", dynamic_ncols=True)
     rows, total = [], 0.0
     for batch in batches:
-        own = mine(len(batch))  # of the batch's rows: all, but with torchrun (ranks.py)
+        numbers, own = batch // args.samples_per_prompt, mine(len(batch))  # own: all, but with torchrun (ranks.py)
         # What the policy forecast while it sampled serves again: no second forward.
         size = (len(batch[own]), args.completion_len, policy.config.vocab_size)
         logits = torch.zeros(size, dtype=torch.bfloat16 if policy.bf16 else None, device=device)  # (B, N, V)
-        tokens = sample(policy, prompts[batch].to(device), args.completion_len, noise, logits, own)  # (B, T)
+        tokens = sample(policy, prompts[numbers].to(device), args.completion_len, noise, logits, own)  # (B, T)
         if not len(tokens):  # more ranks than rows
             continue
         completions = tokens[:, prompts.shape[1] :]  # (B, N)
@@ -109,8 +109,8 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
         logps, kls = logps_and_kl(logits, completions, ref_logits)
         ref_logps = logps if same else logps_and_kl(ref_logits, completions)[0]
         columns = {
-            "number": batch[own].tolist(),
-            "prompt": decode(tokenizer, prompts[batch[own]]),
+            "number": numbers[own].tolist(),
+            "prompt": decode(tokenizer, prompts[numbers[own]]),
             "completion": decode_after(tokenizer, completions),
             "text": texts,
             "reward": reward.tolist(),
@@ -119,11 +119,13 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
             "reference_logp": masked_sum(ref_logps, mask).tolist(),
             "length": mask.sum(dim=-1).tolist(),
         }
-        rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        found = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows += zip(batch[own].tolist(), found, strict=True)
         total += reward.sum().item()
-        batches.set_postfix(reward=f"{total / len(rows):.4f}")
+        if len(tokens) == len(batch):  # all rows are this rank's
+            batches.set_postfix(reward=f"{total / len(rows):.4f}")
 
-    rows = sorted(everyone(rows), key=lambda row: row["number"])
+    rows = [row for _, row in sorted(everyone(rows), key=lambda pair: pair[0])]
     reward, reward_se = mean_and_error([row["reward"] for row in rows], args.samples_per_prompt)
     kl, kl_se = mean_and_error([row["kl"] for row in rows], args.samples_per_prompt)
     if not math.isfinite(reward + kl):

@@ -40,17 +40,19 @@ class UserError(Exception):
 def launch(main):
     """Runs a script's main(). What a user can cause becomes one line on stderr and a non-zero exit code."""
     keep_memory()
-    signal.signal(signal.SIGTERM, terminate)
     name = Path(sys.argv[0]).name
     ranks = importlib.import_module("ranks") if torchrun() else None  # it loads torch
     try:
         with ranks.joined() if ranks else contextlib.nullcontext():
+            signal.signal(signal.SIGTERM, terminate)
             return main()
     except UserError as error:
         message, code = f"{name}: error: {error}", 1
     except KeyboardInterrupt as error:
-        message = f"{name}: interrupted; call it again: what is finished is kept, training goes on from its checkpoint"
         code = 128 + (error.args[0] if error.args else signal.SIGINT)
+        why = ", by you or because another rank has ended" if ranks else ""  # torchrun stops the others with SIGTERM
+        again = "call it again: what is finished is kept, training goes on from its checkpoint"
+        message = f"{name}: interrupted{why}; {again}"
     except OSError as error:
         if not error.strerror:
             raise
@@ -60,9 +62,11 @@ def launch(main):
             raise
         advice = "in training try a smaller --micro-batch, in the evaluation a smaller --eval-batch-size"
         message, code = f"{name}: error: out of memory; {advice}; a training run goes on from its checkpoint", 1
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is said and done
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until all is said
     if not ranks or ranks.first_to_fail():
-        print(plain(message), file=sys.stderr)  # out here the progress bar is gone and has ended its line
+        end = "\n" * bool(rank())  # rank 0's progress bar may be there; one's own is gone and has ended its line
+        print(end + plain(message), file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(code)
 
 
@@ -258,6 +262,8 @@ class Run:
         self.settings = {name: fingerprint(value) for name, value in {**sources, **loaded}.items()}
         self.settings |= {f"--{name.replace('_', '-')}": flags[name] for name in flags if name not in FREE}
         self.settings |= {"--device": device, "--precision": precision}
+        if torchrun():
+            importlib.import_module("ranks").agree(self.settings)
         with self.writing():
             if once(self.begin, about) and not self.saved:  # on another rank than 0
                 self.saved = checkpoint.read(self.folder / checkpoint.NEWEST)

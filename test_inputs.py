@@ -6,7 +6,7 @@ import shutil
 
 import datasets
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM, T5Config
 
 import common
 import dpo
@@ -146,6 +146,9 @@ def odd(world, reviews, tmp_path_factory):
     shutil.copytree(world / "policy", folder / "endless")
     change(folder / "endless" / "config.json", eos_token_id=None)
     change(folder / "endless" / "tokenizer_config.json", eos_token=None)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=11, intermediate_size=8, **size)).save_pretrained(folder / "qwen")
+    T5Config().save_pretrained(folder / "t5")
     (folder / "no-rows").mkdir()
     datasets.Dataset.from_dict({"text": [], "label": []}).to_parquet(folder / "no-rows" / "test.parquet")
     toy.save_rows(folder / "no-train", test=labelled(reviews))
@@ -165,6 +168,8 @@ BAD_FOLDERS = [  # script, flag, folder below `odd`, what the one line must say
     ("reward", "--policy", "nowhere", "--policy {}: there is no such folder"),
     ("reward", "--policy", "empty", "--policy {} cannot be loaded as a language model"),
     ("reward", "--policy", "no-tokenizer", "--policy {} has no tokenizer: put its files beside the model"),
+    ("reward", "--policy", "qwen", "--policy {} has no tokenizer: put its files beside the model"),
+    ("reward", "--policy", "t5", "as a language model (Unrecognized configuration class"),
     ("reward", "--policy", "cut-short", "as a language model: model.safetensors is cut off or broken, copy or"),
     ("reward", "--policy", "../reward_model", "--policy {} cannot be loaded as a language model"),
     ("reward", "--reward-model", "../policy", "{} is not a classifier: its checkpoint has no score.weight"),

@@ -110,23 +110,21 @@ def start(script, argv, folder, hook=None):
     return process
 
 
-def start_ranks(ranks, script, argv, folder, hook=None):
-    """As torchrun starts them, with its store -> the children's processes, in the order of their ranks."""
-    STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
-    shared = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port)}
+def finish_ranks(ranks, script, argv, folder, hook=None, restarts=0):
+    """Runs them as torchrun does, with its store; a restart has that of the start -> exit codes, by rank.
+
+    Ranks that wait for each other for ever are killed.
+    """
+    if not restarts:
+        STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    shared = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(STORES[-1].port), "TORCHELASTIC_RESTART_COUNT": str(restarts)}
     processes = []
     for rank in map(str, range(ranks)):
         environment = {**shared, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks)}
         arguments = (script, argv, folder.with_suffix(".log"), hook, environment)
         processes.append(FORK.Process(target=run_in_child, args=arguments))
         processes[-1].start()
-    return processes
-
-
-def finish_ranks(*arguments):
-    """Runs them to their end -> exit codes. Ranks that wait for each other for ever are killed."""
-    processes = start_ranks(*arguments)
     for process in processes:
         process.join(120)
         process.kill()
