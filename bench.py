@@ -139,7 +139,7 @@ def ours(size, device, precision):
     from reward import Scorer
 
     policy, scorer = (fast.prepare(model.to(device), precision) for model in new_models(size))
-    reference = fast.prepare(new_models(size)[0].to(device), precision)
+    reference = fast.prepare(new_models(size)[0].to(device), precision).requires_grad_(False)
     tokenizer, scorer_tokenizer = new_tokenizers(size)
     return policy, reference, tokenizer, Scorer(scorer, scorer_tokenizer, 1)
 

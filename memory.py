@@ -25,8 +25,7 @@ SIZES = {  # layers, width, heads
     "gpt2-xl": (48, 1600, 25),
 }
 WORDS, CLASSIFIER = bench.FULL["words"], 66_955_010  # parameters of the DistilBERT
-ROWS = {"reinforce": 32, "dpo": 16}  # the scripts' own --batch-size, and --precision where bf16 is fast
-PRECISION = {"reinforce": "bf16", "dpo": "fp32"}
+ROWS = {"reinforce": 32, "dpo": 16}  # the scripts' own --batch-size
 GB = 1e9
 
 
@@ -74,47 +73,52 @@ def layer(work, rows, fed):
 def moments(work, count):
     """A Work and its policy's number of parameters -> {moment: {part: bytes}} of what is in memory at once."""
     layers, width, _ = SIZES[work.policy]
-    half = work.precision == "bf16"
+    half, both, on_cpu = work.precision == "bf16", work.script == "reinforce", work.device == "cpu"
     size = 2 if half else 4  # bytes of a number that a matrix product yields
+    # Autocast keeps copies of the policy's weights, not of the reference's: those cannot have a gradient.
     weights, copies = 4 * count, 2 * count if half else 0
     head = 4 * WORDS * width  # the last layer's, which is the embedding too: their two gradients meet at the very end
-    difference = head if half else 0  # fast.CentredHead subtracts in fp32 before it rounds
     grown = weights if work.micro < work.batch else 0  # gradients that are there when the last part begins
-    both = work.script == "reinforce"  # the loss needs the reference's logits too
-    rows, scored = (work.micro, work.completion) if both else (2 * work.micro, work.longest - work.prompt)
+    # The loss of REINFORCE needs the reference's logits, too, and its loop holds both to the end of the part.
+    rows, scored, ours = (work.micro, work.completion, 2) if both else (2 * work.micro, work.longest - work.prompt, 1)
     fed = work.prompt + scored - 1
-    logits = rows * scored * WORDS * size
-    graph = layers * layer(work, rows, fed) + 4 * width * rows * fed
+    one, logits = layer(work, rows, fed), rows * scored * WORDS * size
+    graph = {"activations": layers * one + 4 * width * rows * fed}
     tested = work.tested * work.completion * WORDS * size
 
     def pieces(bytes_of_logits, models):
         """What fast.LogpsAndKL computes at a time, in fp32: log p, log p - log q, and log q if there are two models."""
-        return 4 * (1 + models) * min(bytes_of_logits // size, 2**20 if work.device == "cpu" else 2**26)
+        return 4 * (1 + models) * min(bytes_of_logits // size, 2**20 if on_cpu else 2**26)
 
-    models = {"weights": weights, "reference": weights, "classifier": 4 * CLASSIFIER}
-    held = {**models, "AdamW": 2 * weights}
+    def sampling(rows, logits=0):
+        """A layer's keys and values are there twice as one is added; a draw takes two tensors of fp32."""
+        return {"bf16 copies": copies, "logits": logits + 2 * 4 * rows * WORDS,
+                "cache": rows * (work.prompt + work.completion) * 2 * width * size * (layers + 1)}
+
+    held = {"weights": weights, "classifier": 4 * CLASSIFIER, "AdamW": 2 * weights}
+    if both or on_cpu:  # dpo.py takes it off a GPU while it trains
+        held["reference"] = weights
     found = {}
-    if both:  # the last step's gradients are still there; a layer's keys and values are there twice as one is added
-        cache = work.batch * (work.prompt + work.completion) * 2 * width * size * (layers + 1)
-        draw = 2 * 4 * work.batch * WORDS
-        found["sampling"] = {**held, "gradients": weights, "bf16 copies": copies, "cache": cache, "logits": draw}
-        one = layer(work, rows, fed)  # of the reference a layer at a time
-        found["forward"] = {**held, "gradients": grown, "bf16 copies": 2 * copies + difference,
-                            "activations": graph + one, "logits": 2 * logits}
-    else:
-        found["reference"] = {**models, "bf16 copies": copies, "activations": layer(work, rows, fed),
-                              "logits": logits + pieces(logits, 1)}
-        found["forward"] = {**held, "gradients": grown, "bf16 copies": copies + difference,
-                            "activations": graph, "logits": logits}
-    ours = 1 + both  # the loop of reinforce.py holds both logits to the end of the part, that of dpo.py none
-    found["loss's gradient"] = {**held, "gradients": grown, "bf16 copies": copies, "activations": graph,
+    if both:  # fast.CentredHead subtracts in fp32 (a head) before it rounds (half of one): here, the reference's
+        found["a look at samples"] = {**held, "gradients": weights, **sampling(min(5, work.tested))}  # the last step's
+        found["sampling"] = {**held, **sampling(work.batch)}
+        found["forward"] = {**held, "gradients": grown, "bf16 copies": copies + half * head * 3 // 2,
+                            "activations": graph["activations"] + one, "logits": logits}
+    else:  # here the policy's, whose rounded weights are among the copies
+        found["test pairs"] = {**held, "gradients": weights, "bf16 copies": copies + half * head,
+                               "activations": one, "logits": logits + pieces(logits, 1)}
+        found["forward"] = {**held, "gradients": grown, "bf16 copies": copies + half * head, **graph}
+    found["loss's gradient"] = {**held, "gradients": grown, "bf16 copies": copies, **graph,
                                 "logits": (1 + ours) * logits + pieces(logits, ours)}
-    found["last layer's"] = {**held, "gradients": grown + head, "bf16 copies": copies, "activations": graph,
+    found["last layer's"] = {**held, "gradients": grown + head, "bf16 copies": copies, **graph,
                              "logits": (1 + 2 * both) * logits}
-    found["first layer's"] = {**held, "gradients": weights + head, "logits": 2 * both * logits}
-    found["evaluation"] = {**models, "gradients": weights, "bf16 copies": copies,
-                           "activations": layer(work, work.tested, work.prompt + work.completion - 1),
-                           "logits": 2 * tested + pieces(tested, 2)}
+    found["first layer's"] = {**held, "gradients": weights + (2 if grown else 1) * head, "logits": 2 * both * logits}
+    # The evaluation: AdamW is gone, the last step's gradients are not; the logits of the batch before go one by one.
+    held = {**held, "AdamW": 0, "reference": weights, "gradients": weights}
+    found["test samples"] = {**held, **sampling(work.tested, 2 * tested)}
+    found["test forward"] = {**held, "activations": layer(work, work.tested, work.prompt + work.completion - 1),
+                             "logits": 2 * tested}
+    found["test KL"] = {**held, "bf16 copies": half * head // 2, "logits": 2 * tested + max(tested, pieces(tested, 2))}
     return found
 
 
@@ -152,7 +156,7 @@ def child(pipe, work, keep):
 
 
 def peaks(work):
-    """What measure() returns: two steps of the script's train(), and a batch of evaluate()."""
+    """What measure() returns: two steps of the script's train(), and two batches of evaluate()."""
     import torch
 
     import dpo
@@ -165,7 +169,7 @@ def peaks(work):
                      batch_size=work.batch, micro_batch=work.micro)
     run.args.epochs, run.args.completion_len, run.args.eval_batch_size = 1, work.completion, work.tested
     policy, reference, *scorers = bench.ours({**bench.FULL, "policy": shape(work.policy)}, work.device, work.precision)
-    tests = torch.randint(WORDS - 1, (work.tested, work.prompt))
+    tests = torch.randint(WORDS - 1, (2 * work.tested, work.prompt))
     if work.script == "reinforce":
         prompts = torch.randint(WORDS - 1, (2 * work.batch, work.prompt))
         reinforce.train(policy, reference, *scorers, prompts, tests, run)
@@ -175,10 +179,11 @@ def peaks(work):
         pairs["test"] = pairs["train"][: work.micro]
         logps = dpo.all_logps(reference, pairs["test"], work.micro, "reference")
         logps = {split: logps[:1].expand(len(rows), 2) for split, rows in pairs.items()}  # they are all the same
+        reference.cpu()  # as the script does
         dpo.train(policy, logps, *scorers, pairs, tests, run)
     trained = meter.peak()
     meter.resident()  # the peak starts anew
-    reward.evaluate(policy, reference, *scorers, tests, run)
+    reward.evaluate(policy, reference.to(work.device), *scorers, tests, run)
     return trained - floor, meter.peak() - floor
 
 
@@ -198,13 +203,15 @@ def report(work, count, measured=None):
         cells = " | ".join(f"{parts.get(part, 0) / GB:.2f}" for part in PARTS)
         lines.append(f"| {moment} | {cells} | {sum(parts.values()) / GB:.2f} |")
     totals = {moment: sum(parts.values()) for moment, parts in found.items()}
-    evaluation = totals.pop("evaluation")
-    largest = max(totals, key=totals.get)
-    lines.append(f"\ntraining {totals[largest] / GB:.2f} ({largest}), evaluation {evaluation / GB:.2f}; on disk "
-                 f"two checkpoints of {12 * count / GB:.2f} and the model's {4 * count / GB:.2f}")
-    for name, estimate, real in zip(("training", "evaluation"), (totals[largest], evaluation), measured or (),
-                                    strict=bool(measured)):
-        lines.append(f"measured, {name}: {real / GB:.2f}; the estimate is {estimate / real:.2f} of it")
+    tests = {moment: totals.pop(moment) for moment in ("test samples", "test forward", "test KL")}
+    largest = {"training": max(totals, key=totals.get), "evaluation": max(tests, key=tests.get)}
+    totals |= tests
+    said = (f"{name} {totals[moment] / GB:.2f} ({moment})" for name, moment in largest.items())
+    lines.append(f"\n{', '.join(said)}; on disk two checkpoints of {12 * count / GB:.2f} and the model's "
+                 f"{4 * count / GB:.2f}")
+    if measured:
+        lines += [f"measured, {name}: {real / GB:.2f}; the estimate is {totals[moment] / real:.2f} of it"
+                  for (name, moment), real in zip(largest.items(), measured, strict=True)]
     return lines
 
 

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
 import bench
 import common
+import dpo
 import fast
 import memory
+import reinforce
+import reward
 import runs
 
 TINY = bench.TINY["policy"]
@@ -37,13 +41,35 @@ def test_parts_of_dpo_are_those_done_by_hand():
     assert parts["gradients"] == 497_759_232 + 154_389_504
 
 
+def test_a_gpu_holds_no_reference_while_dpo_trains():
+    for script, device, held in (("dpo", "cuda", 0), ("dpo", "cpu", 497_759_232), ("reinforce", "cuda", 497_759_232)):
+        found = memory.moments(work(script, device=device), 124_439_808)
+        there = {moment: parts.get("reference", 0) for moment, parts in found.items()}
+        assert there.pop("test samples") == there.pop("test forward") == there.pop("test KL") == 497_759_232
+        assert set(there.values()) == {held}, (script, device)
+
+
 def test_parts_of_reinforce_in_bf16_are_those_done_by_hand():
     found = memory.moments(work("reinforce", precision="bf16", batch=32, micro=32), 124_439_808)
-    assert found["sampling"]["bf16 copies"] == 248_879_616  # 2 bytes a number
+    assert found["a look at samples"]["gradients"] == 497_759_232  # of the last step,
+    assert "gradients" not in found["sampling"]  # which ends here
+    assert found["sampling"]["bf16 copies"] == 248_879_616  # 2 bytes a number, of the policy only
     assert found["sampling"]["cache"] == 32 * 48 * 2 * 768 * 2 * 13  # keys and values of 12 layers, one of them twice
     assert found["forward"]["gradients"] == 0  # the batch is one part
-    assert found["forward"]["logits"] == 2 * 32 * 20 * 50_257 * 2  # the policy's and the reference's
-    assert found["loss's gradient"]["logits"] == 3 * 32 * 20 * 50_257 * 2 + 3 * 4 * 2**20  # and pieces of 4 MB
+    # The reference's last layer: 50,257 * 768 numbers, in fp32 and rounded; the policy's logits, 2 bytes each.
+    assert found["forward"]["bf16 copies"] == 248_879_616 + 231_584_256
+    assert found["forward"]["logits"] == 64_328_960
+    assert found["loss's gradient"]["logits"] == 3 * 64_328_960 + 3 * 4 * 2**20  # and pieces of 4 MB
+
+
+def test_parts_of_the_evaluation_are_those_done_by_hand():
+    """64 rows' logits are 64 * 20 * 50,257 * 4 bytes; of the batch before, the reference's are there to the end."""
+    found = memory.moments(work(), 124_439_808)
+    logits = 257_315_840
+    assert found["test samples"]["logits"] == 2 * logits + 2 * 64 * 50_257 * 4  # and what a draw takes
+    assert found["test KL"]["logits"] == 3 * logits
+    for moment in ("test samples", "test forward", "test KL"):
+        assert found[moment]["gradients"] == 497_759_232 and not found[moment]["AdamW"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -71,13 +97,35 @@ def test_a_layer_keeps_what_pytorch_saves_for_its_backward(device, precision, mo
     assert memory.layer(here, 8, 40) + 4 * 64 * 8 * 40 == pytest.approx(sum(saved.values()), rel=0.03)
 
 
-def test_two_steps_and_an_evaluation_are_measured(monkeypatch):
+@pytest.mark.parametrize("script", memory.ROWS)
+def test_two_steps_and_an_evaluation_are_measured(script, monkeypatch):
+    """And what the estimate says of gradients and of the reference is so."""
     monkeypatch.setattr(bench, "FULL", bench.TINY)
     monkeypatch.setattr(memory, "WORDS", bench.TINY["words"])
     monkeypatch.setattr(memory, "shape", lambda policy: TINY)
-    for script in memory.ROWS:
-        trained, tested = memory.peaks(work(script, batch=4, micro=2, prompt=4, completion=5, longest=12, tested=3))
-        assert trained > 0 and tested > 0
+    seen = []
+
+    def watch(where, name, note):
+        function = getattr(where, name)
+
+        def watched(*args, **more):
+            seen.append((name, note(args)))
+            return function(*args, **more)
+
+        monkeypatch.setattr(where, name, watched)
+
+    def gradients(args):
+        return any(weight.grad is not None for weight in args[0].parameters())
+
+    watch(reinforce, "sample", gradients)
+    watch(reward, "evaluate", gradients)
+    watch(dpo, "train", gradients)
+    watch(GPT2LMHeadModel, "cpu", lambda args: any(weight.requires_grad for weight in args[0].parameters()))
+    here = work(script, batch=4, micro=2, prompt=4, completion=5, longest=12, tested=3)
+    trained, tested = memory.peaks(here)
+    assert trained > 0 and tested > 0
+    before = [("sample", False)] * 2 if script == "reinforce" else [("cpu", False), ("train", False)]
+    assert seen == [*before, ("evaluate", True)]
 
 
 def test_the_table_says_what_was_measured_beside_it(monkeypatch, capsys):
