@@ -208,7 +208,7 @@ def test_the_same_noise_at_the_same_step_whatever_was_sampled_before(world, tmp_
     drawn, sample = {}, reinforce.sample
     for lr in ("1e-2", "1e-30"):
         states = drawn[lr] = []
-        monkeypatch.setattr(reinforce, "sample", lambda *args, states=states: (states.append(args[3].get_state()),
-                                                                               sample(*args))[1])
+        monkeypatch.setattr(reinforce, "sample", lambda *args, states=states, **more: (
+            states.append(args[3].get_state()), sample(*args, **more))[1])
         call("reinforce", *small(world, "reinforce", tmp_path / lr, "--lr", lr))
     assert len(drawn["1e-2"]) == 10 and all(map(torch.equal, *drawn.values()))

@@ -328,9 +328,9 @@ def test_a_report_without_any_one_of_its_runs(folder, capsys):
         said = capsys.readouterr()
         assert f"not here: `{name}`\n" in said.out and not said.err
         shutil.move(folder.parent / name, folder / name)
-    for name in names:  # and one after the other, down to none
+    for number, name in enumerate(names):  # and one after the other, down to none
         shutil.rmtree(folder / name)
-        if any(folder.glob("*/config.json")):
+        if number % 2 and any(folder.glob("*/config.json")):
             report.main([str(folder), "--expect", *names])
             assert f"`{name}`" in capsys.readouterr().out.split("not here: ")[1]
 
