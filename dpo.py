@@ -179,7 +179,6 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
             start = time.perf_counter()
             ref_logps = reference_logps["train"][rows].to(device).T  # (2, B): chosen, rejected
 
-            optimizer.zero_grad()
             found = torch.zeros(4, len(rows), device=device)
             for part, share in parts(len(rows), args.micro_batch):  # one part with all rows, but for --micro-batch
                 logps = pair_logps(policy, [pairs["train"][row] for row in rows[part]])  # (B,), (B,)
@@ -198,6 +197,7 @@ def train(policy, reference_logps, tokenizer, scorer, pairs, test_prompts, run):
                     rejected_logratio=(rejected_logps - ref_logps[1]).mean().item(),
                     grad_norm=grad_norm, seconds=seconds)
             progress.show(loss=f"{loss.item():.4f}", accuracy=f"{accuracy(margins).item():.2f}")
+            optimizer.zero_grad()  # here, since the tests want the memory
         if progress.step == epoch * len(batches):  # not an epoch that was over before the checkpoint
             tested = on_test_pairs(policy, pairs["test"], reference_logps["test"], run)
             run.log(epoch=epoch, **tested)

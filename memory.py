@@ -100,21 +100,17 @@ def moments(work, count):
         held["reference"] = weights
     found = {}
     if both:  # fast.CentredHead subtracts in fp32 (a head) before it rounds (half of one): here, the reference's
-        found["a look at samples"] = {**held, "gradients": weights, **sampling(min(5, work.tested))}  # the last step's
         found["sampling"] = {**held, **sampling(work.batch)}
         found["forward"] = {**held, "gradients": grown, "bf16 copies": copies + half * head * 3 // 2,
                             "activations": graph["activations"] + one, "logits": logits}
     else:  # here the policy's, whose rounded weights are among the copies
-        found["test pairs"] = {**held, "gradients": weights, "bf16 copies": copies + half * head,
-                               "activations": one, "logits": logits + pieces(logits, 1)}
         found["forward"] = {**held, "gradients": grown, "bf16 copies": copies + half * head, **graph}
     found["loss's gradient"] = {**held, "gradients": grown, "bf16 copies": copies, **graph,
                                 "logits": (1 + ours) * logits + pieces(logits, ours)}
     found["last layer's"] = {**held, "gradients": grown + head, "bf16 copies": copies, **graph,
                              "logits": (1 + 2 * both) * logits}
     found["first layer's"] = {**held, "gradients": weights + (2 if grown else 1) * head, "logits": 2 * both * logits}
-    # The evaluation: AdamW is gone, the last step's gradients are not; the logits of the batch before go one by one.
-    held = {**held, "AdamW": 0, "reference": weights, "gradients": weights}
+    held = {**held, "AdamW": 0, "reference": weights}  # the evaluation: the logits of the batch before go one by one
     found["test samples"] = {**held, **sampling(work.tested, 2 * tested)}
     found["test forward"] = {**held, "activations": layer(work, work.tested, work.prompt + work.completion - 1),
                              "logits": 2 * tested}

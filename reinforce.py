@@ -81,7 +81,6 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
             if (step - 1) % SAMPLE_EVERY == 0:
                 log_samples(policy, tokenizer, scorer, test_prompts, run, step - 1)
             start = time.perf_counter()
-            optimizer.zero_grad()  # before sampling, which needs the memory
             own = mine(len(rows))  # of the B rows: all, but with torchrun (ranks.py)
             tokens = sample(policy, prompts[rows].to(device), args.completion_len, noise, own=own)
             reward = positivity(scorer, decode(tokenizer, tokens))
@@ -110,6 +109,7 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
             run.log(step=step, loss=loss.item(), reward=reward.mean().item(), kl=kl.item(), grad_norm=grad_norm,
                     tokens_per_second=mask.sum().item() / seconds, seconds=seconds)
             progress.show(reward=f"{reward.mean().item():.3f}", kl=f"{kl.item():.2f}")
+            optimizer.zero_grad()  # here, since sampling wants the memory
     log_samples(policy, tokenizer, scorer, test_prompts, run, progress.step)  # the last look
 
 

@@ -51,8 +51,7 @@ def test_a_gpu_holds_no_reference_while_dpo_trains():
 
 def test_parts_of_reinforce_in_bf16_are_those_done_by_hand():
     found = memory.moments(work("reinforce", precision="bf16", batch=32, micro=32), 124_439_808)
-    assert found["a look at samples"]["gradients"] == 497_759_232  # of the last step,
-    assert "gradients" not in found["sampling"]  # which ends here
+    assert "gradients" not in found["sampling"]
     assert found["sampling"]["bf16 copies"] == 248_879_616  # 2 bytes a number, of the policy only
     assert found["sampling"]["cache"] == 32 * 48 * 2 * 768 * 2 * 13  # keys and values of 12 layers, one of them twice
     assert found["forward"]["gradients"] == 0  # the batch is one part
@@ -69,7 +68,7 @@ def test_parts_of_the_evaluation_are_those_done_by_hand():
     assert found["test samples"]["logits"] == 2 * logits + 2 * 64 * 50_257 * 4  # and what a draw takes
     assert found["test KL"]["logits"] == 3 * logits
     for moment in ("test samples", "test forward", "test KL"):
-        assert found[moment]["gradients"] == 497_759_232 and not found[moment]["AdamW"]
+        assert "gradients" not in found[moment] and not found[moment]["AdamW"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -125,7 +124,7 @@ def test_two_steps_and_an_evaluation_are_measured(script, monkeypatch):
     trained, tested = memory.peaks(here)
     assert trained > 0 and tested > 0
     before = [("sample", False)] * 2 if script == "reinforce" else [("cpu", False), ("train", False)]
-    assert seen == [*before, ("evaluate", True)]
+    assert seen == [*before, ("evaluate", False)]
 
 
 def test_the_table_says_what_was_measured_beside_it(monkeypatch, capsys):
