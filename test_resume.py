@@ -80,7 +80,7 @@ def die_at(number):
 @pytest.mark.parametrize("script", SMALL)
 def test_killed_at_any_write_a_run_ends_as_if_it_had_not_been(world, whole, tmp_path, script):
     """Each write of a run is a moment of its own: KILLS of them, spread over all, or with KILLS=20 every one."""
-    writes = random.Random(script).sample(range(1, 100), 4 * KILLS) if KILLS < 20 else range(1, 1000)
+    writes = random.Random(script).sample(range(1, 100), 3 * KILLS) if KILLS < 20 else range(1, 1000)
     killed = 0
     for number in writes:
         folder = tmp_path / str(number)
