@@ -26,6 +26,7 @@ STUDENT_LOSSES = {0.1: "0.6521", 0.25: "0.6207", 0.4: "0.6044"}  # test loss by 
 BASELINE = ("the untouched policy", "baseline")  # what can be missing, and the target of make for it
 REINFORCE = ("a finished run with alpha 0", "reinforce")
 DPO = ("a finished DPO run", "dpo")
+DPI = 150  # of the figures
 FIGURES = ("reinforce.png", "dpo.png", "dpo-margins.png", "frontier.png")
 SETTINGS = ("advantage", "lr", "batch_size", "epochs", "limit", "eval_limit", "prompt_len", "completion_len", "max_len",
             "seed")
@@ -320,7 +321,7 @@ def main(argv=None):
     for name in FIGURES:
         (args.folder / name).unlink(missing_ok=True)  # of runs that are gone
     for name, figure in figures(report):
-        figure.savefig(args.folder / name, dpi=150)
+        figure.savefig(args.folder / name, dpi=DPI)
         plot.plt.close(figure)
     overview = [*report.all_runs(), *unfinished(report.found, args.expect, report.make, args.folder)]
     lines = [f"# Results of {inline(args.folder.name)}\n", *overview]

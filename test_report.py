@@ -21,6 +21,18 @@ import report
 import runs
 import tables
 
+
+@pytest.fixture(autouse=True)
+def small_figures(monkeypatch):
+    """Nobody looks at these, and pixels take time."""
+    monkeypatch.setattr(report, "DPI", 20)
+
+
+@pytest.fixture
+def text_only(monkeypatch):
+    monkeypatch.setattr(report, "figures", lambda found: [])
+
+
 # ---- measures of text --------------------------------------------------------------------------------------
 
 
@@ -258,6 +270,7 @@ def test_the_whole_report(folder, capsys):
     assert "`alpha-0`" in said.out and "**I saw 0** ..." in said.out and "<!--" not in said.out and not said.err
 
 
+@pytest.mark.usefixtures("text_only")
 def test_betas_are_compared_by_what_compares(folder):
     report.main([str(folder)])
     betas = section(folder, "Q4.4")
@@ -289,6 +302,7 @@ def test_rewards_are_compared_prompt_by_prompt_where_they_can_be(folder):
     assert not report.better(best, other)
 
 
+@pytest.mark.usefixtures("text_only")
 def test_the_frontiers_tables(folder):
     report.main([str(folder)])
     text = section(folder, "The frontier")
@@ -309,6 +323,7 @@ def test_a_limit_of_too_few_samples_is_not_drawn(folder):
     assert "is not drawn: for no alpha at least 8 of the 4 samples" in section(folder, "The frontier")
 
 
+@pytest.mark.usefixtures("text_only")
 def test_of_several_sample_runs_the_largest_is_taken_and_of_a_cut_one_the_whole_prompts(folder):
     write_run(folder / "samples-4", 0.5, 0, "it is", {"samples_per_prompt": 4})
     completions = folder / "samples-16" / "completions.jsonl"
@@ -348,6 +363,7 @@ def test_a_report_without_any_one_of_its_runs(folder, capsys):
         ("samples-16", "The frontier", "for best-of-n and the limit. `make RUNS=HERE samples` makes it.*"),
     ],
 )
+@pytest.mark.usefixtures("text_only")
 def test_a_section_says_what_it_lacks(folder, name, title, said):
     for path in folder.glob(name):
         shutil.rmtree(path)
@@ -389,6 +405,7 @@ def test_the_command_for_what_is_missing_has_the_flags_of_what_is_there(tmp_path
     assert f"the untouched policy. `{command.replace('HERE', str(tmp_path))}` makes it" in section(tmp_path, "Q1.1")
 
 
+@pytest.mark.usefixtures("text_only")
 def test_settings_are_said(folder):
     report.main([str(folder)])
     row = cells(section(folder, "How they were made"), "`loo-0.02`")
@@ -420,6 +437,7 @@ def test_what_is_broken_or_unfinished_is_said(folder, capsys):
     assert "notes" not in said.out and (folder / "reinforce.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("text_only")
 def test_one_run_for_each_learning_rate_is_quoted_of_the_courses_beta(folder):
     for beta in ("0.02", "0.1"):
         flags = {"beta": float(beta), "lr": 5e-5}
@@ -474,6 +492,7 @@ def test_runs_are_in_the_courses_order(tmp_path):
     assert tables.load(tmp_path)[0].method == "untouched"
 
 
+@pytest.mark.usefixtures("text_only")
 def test_seeds_are_put_together(folder):
     for seed, reward in ((1, 0.8), (2, 1.0)):
         flags = {"alpha": 0.02, "advantage": "reward", "seed": seed}
