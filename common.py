@@ -151,7 +151,7 @@ def checked_grad_norm(step, values, model, max_norm=None):
 
 def load_policy(name, device, precision="fp32"):
     """Hub name or local folder -> (language model, tokenizer)."""
-    model = load_model(AutoModelForCausalLM, "a language model", "--policy", name, device, "fp32")
+    model = load_model(AutoModelForCausalLM, "a language model", "--policy", name, device)
     tokenizer = load_tokenizer("--policy", name)
     model.config.eos_token_id = end_token("--policy", name, model, tokenizer)
     model.config.vocab_size = model.config.get_text_config().vocab_size  # which a model that reads images hides
@@ -182,12 +182,12 @@ def check_forecasts(model):
 
 def load_reference(name, policy, device, precision="fp32"):
     """The original model, without gradients, for a policy of the same vocabulary."""
-    reference = load_model(AutoModelForCausalLM, "a language model", "--reference", name, device, precision)
+    reference = load_model(AutoModelForCausalLM, "a language model", "--reference", name, device)
     words = reference.config.get_text_config().vocab_size
     if words != policy.config.vocab_size:
         sizes = f"{words} words, the policy {policy.config.vocab_size}"
         raise UserError(f"--reference {name} has a vocabulary of {sizes}: there is no KL between them")
-    return reference.requires_grad_(False)  # autocast would keep copies of weights that could have a gradient
+    return prepare(reference, precision).requires_grad_(False)  # of weights with a gradient autocast keeps copies
 
 
 def load_prompts(name, split, tokenizer, length, order, limit=None):

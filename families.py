@@ -8,7 +8,6 @@ chat templates, models that read more than text, models that keep no keys and va
 import torch
 from transformers import AutoTokenizer
 
-from fast import prepare
 from inputs import loading
 from runs import UserError
 
@@ -112,17 +111,17 @@ def load_tokenizer(flag, name):
     return tokenizer
 
 
-def load_model(auto_class, kind, flag, name, device, precision):
+def load_model(auto_class, kind, flag, name, device):
     """A model with fp32 weights whatever the checkpoint's are, in eval mode: no dropout, not in sampling or training.
 
-    precision "bf16" runs its matrix products in bf16; weights and losses are fp32 in any case.
+    What computes in bf16 later (fast.prepare) computes in fp32 still, as what is tried at loading needs.
     """
     with loading(flag, name, kind):
         model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:  # the library would fill them with random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(f"{flag} {name} is not {kind}: its checkpoint has no {missing}")
-    return prepare(model.eval().to(device), precision)
+    return model.eval().to(device)
 
 
 def end_token(flag, name, model, tokenizer):

@@ -67,9 +67,7 @@ def hardware(device):
     with contextlib.suppress(OSError):  # Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{name}, {torch.get_num_threads()} threads"
-    ranks = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None  # of torchrun
-    return f"{ranks} ranks, each {name}" if ranks else name
+    return torch.cuda.get_device_name() if device == "cuda" else f"{name}, {torch.get_num_threads()} threads"
 
 
 def commit():

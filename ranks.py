@@ -15,7 +15,7 @@ import re
 import torch
 import torch.distributed as dist
 
-from runs import UserError, out_of_memory
+from runs import AGAIN, UserError, out_of_memory
 
 STORE = None  # what the ranks can all read and write, while they are joined
 
@@ -66,6 +66,11 @@ def claim(device):
         torch.cuda.set_device(local)  # from here on it is "cuda"
 
 
+def each(hardware):
+    """A rank's hardware -> that of all, for config.json."""
+    return f"{dist.get_world_size()} ranks, each {hardware}" if several() else hardware
+
+
 # ---- who does what -----------------------------------------------------------------------------------------
 
 
@@ -97,8 +102,7 @@ def together():
         if out_of_memory(error):
             raise
         reason = re.sub(r"\[.*?\] ", "", str(error)).split(". ")[0].strip()  # without the library's paths and advice
-        again = "call it again: what is finished is kept, training goes on from its checkpoint"
-        raise UserError(f"another rank has ended, killed or out of memory ({reason}); {again}") from error
+        raise UserError(f"another rank has ended, killed or out of memory ({reason}); {AGAIN}") from error
 
 
 def summed(values, model=None):

@@ -53,7 +53,7 @@ def positive_index(id2label, wanted=None):
 
 def load_scorer(name, device, positive_label=None, precision="fp32"):
     """Hub name or local folder of a sentiment classifier -> Scorer."""
-    model = load_model(AutoModelForSequenceClassification, "a classifier", "--reward-model", name, device, "fp32")
+    model = load_model(AutoModelForSequenceClassification, "a classifier", "--reward-model", name, device)
     try:
         positive = positive_index(model.config.id2label, positive_label)
     except ValueError as error:

@@ -28,8 +28,9 @@ COURSE = {  # the names that the course uses on the model hub
     "pairs": "hallisky/synthetic-imdb-movie-reviews-parallel",
 }
 LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow during training; all other files are written whole
-CODE = ("common.py", "families.py", "fast.py", "ranks.py", "reward.py")  # training depends on it
+CODE = ("common.py", "families.py", "fast.py", "ranks.py", "reward.py")  # and the script: training needs them
 FREE = ("out", "overwrite", "save_every", "micro_batch", "eval_batch_size")  # flags that may change when a run goes on
+AGAIN = "call it again: what is finished is kept, training goes on from its checkpoint"
 SUMMARY = ("reward", "reward_se", "n", "kl", "distinct_2", "test_loss", "test_accuracy")  # said at a run's end
 
 
@@ -51,8 +52,7 @@ def launch(main):
     except KeyboardInterrupt as error:
         code = 128 + (error.args[0] if error.args else signal.SIGINT)
         why = ", by you or because another rank has ended" if ranks else ""  # torchrun stops the others with SIGTERM
-        again = "call it again: what is finished is kept, training goes on from its checkpoint"
-        message = f"{name}: interrupted{why}; {again}"
+        message = f"{name}: interrupted{why}; {AGAIN}"
     except OSError as error:
         if not error.strerror:
             raise
@@ -88,11 +88,6 @@ def by_rank_0(method):
         return method(*args, **more) if rank() == 0 else None
 
     return instead
-
-
-def once(function, *args):
-    """Rank 0 calls it -> its result, or the UserError that it raises, on every rank."""
-    return importlib.import_module("ranks").once(function, *args) if torchrun() else function(*args)
 
 
 def terminate(number, frame):
@@ -203,8 +198,10 @@ class Run:
 
     def __init__(self, args, script):
         self.args, self.script, self.folder, self.saved = args, script, args.out, {}
+        import ranks  # here, because it loads torch
+
         with self.writing():
-            once(self.check)
+            ranks.once(self.check)
 
     @contextlib.contextmanager
     def writing(self):
@@ -253,19 +250,19 @@ class Run:
 
         loaded: by name, the models and data that the training depends on; a run goes on only with the same.
         """
-        import checkpoint  # here, because it loads torch
+        import checkpoint  # here, because they load torch
+        import ranks
 
         flags = {**vars(self.args), "out": str(self.folder)}
         about = {"script": self.script, "flags": flags, "versions": versions(), "device": device}
-        about |= {"hardware": hardware(device), "precision": precision, "commit": commit()}
+        about |= {"hardware": ranks.each(hardware(device)), "precision": precision, "commit": commit()}
         sources = {name: Path(__file__).with_name(name).read_bytes() for name in (*CODE, self.script)}
         self.settings = {name: fingerprint(value) for name, value in {**sources, **loaded}.items()}
         self.settings |= {f"--{name.replace('_', '-')}": flags[name] for name in flags if name not in FREE}
         self.settings |= {"--device": device, "--precision": precision}
-        if torchrun():
-            importlib.import_module("ranks").agree(self.settings)
+        ranks.agree(self.settings)
         with self.writing():
-            if once(self.begin, about) and not self.saved:  # on another rank than 0
+            if ranks.once(self.begin, about) and not self.saved:  # on another rank than 0
                 self.saved = checkpoint.read(self.folder / checkpoint.NEWEST)
 
     def begin(self, about):

@@ -6,7 +6,7 @@ import shutil
 
 import datasets
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM, T5Config
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config
 
 import common
 import dpo
@@ -146,8 +146,8 @@ def odd(world, reviews, tmp_path_factory):
     shutil.copytree(world / "policy", folder / "endless")
     change(folder / "endless" / "config.json", eos_token_id=None)
     change(folder / "endless" / "tokenizer_config.json", eos_token=None)
-    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=11, intermediate_size=8, **size)).save_pretrained(folder / "qwen")
+    size = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(**size, intermediate_size=8)).save_pretrained(folder / "llama")
     T5Config().save_pretrained(folder / "t5")
     (folder / "no-rows").mkdir()
     datasets.Dataset.from_dict({"text": [], "label": []}).to_parquet(folder / "no-rows" / "test.parquet")
@@ -168,8 +168,8 @@ BAD_FOLDERS = [  # script, flag, folder below `odd`, what the one line must say
     ("reward", "--policy", "nowhere", "--policy {}: there is no such folder"),
     ("reward", "--policy", "empty", "--policy {} cannot be loaded as a language model"),
     ("reward", "--policy", "no-tokenizer", "--policy {} has no tokenizer: put its files beside the model"),
-    ("reward", "--policy", "qwen", "--policy {} has no tokenizer: put its files beside the model"),
-    ("reward", "--policy", "t5", "as a language model (Unrecognized configuration class"),
+    ("reward", "--policy", "llama", "as a tokenizer: put a tokenizer's files beside the model's (save_pretrained) ("),
+    ("reward", "--policy", "t5", "T5Config'>)"),
     ("reward", "--policy", "cut-short", "as a language model: model.safetensors is cut off or broken, copy or"),
     ("reward", "--policy", "../reward_model", "--policy {} cannot be loaded as a language model"),
     ("reward", "--reward-model", "../policy", "{} is not a classifier: its checkpoint has no score.weight"),

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,11 @@ def die(rank, method, step=None):
     setattr(runs.Run, method, dying)
 
 
+def come_late():
+    """Rank 0 is there first, and must not take what rank 1 left behind for its address."""
+    time.sleep(runs.rank() / 2)
+
+
 @pytest.mark.parametrize(("killed", "where", "done"), [
     (0, ("log", 5), 3), (1, ("log", 5), 3), (1, ("save_model",), 10)])  # before its evaluation: the other is in it
 def test_a_killed_rank_ends_the_run_in_a_line_and_it_goes_on(world, two, tmp_path, killed, where, done):
@@ -134,7 +140,8 @@ def test_a_killed_rank_ends_the_run_in_a_line_and_it_goes_on(world, two, tmp_pat
     assert said.count(line) == 1
     again = "call it again: what is finished is kept, training goes on from its checkpoint"
     assert said.rstrip().endswith(again)
-    assert finish_ranks(2, "reinforce", argv, folder, None, 1) == [0, 0], log_of(folder)  # as --max-restarts does
+    codes = finish_ranks(2, "reinforce", argv, folder, (come_late,), 1)  # as --max-restarts does
+    assert codes == [0, 0], log_of(folder)
     assert f"goes on after step {done}\n" in log_of(folder) and outcome(folder) == two
 
 
