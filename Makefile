@@ -27,7 +27,7 @@ FLAGS =
 REINFORCE_FLAGS =
 DPO_FLAGS =
 
-# The demo: the same runs in the small world of toy.py, with lengths and learning rates that suit it, and with
+# The demo: the same runs in the small world of demo/world.py, with lengths and learning rates that suit it, and with
 # leave-one-out: on the raw reward it is chance which word alpha 0 ends in. MORE="alpha-0.3 beta-0.5" adds runs.
 ifneq ($(filter demo broken,$(MAKECMDGOALS))$(filter runs/toy%,$(RUNS)),)
 RUNS = runs/toy
@@ -56,7 +56,7 @@ RUN = $(strip $(PYTHON) $(if $(RANKS),-m torch.distributed.run --standalone --np
 finished = $(patsubst %,$(RUNS)/%/eval.json,$1)
 MAIN = baseline alpha-0 alpha-$(ALPHA) beta-$(BETA)
 SWEEP = $(MAIN) $(ALPHAS:%=alpha-%) $(LOOS:%=loo-%) $(BETAS:%=beta-%) $(SAMPLES)
-REPORT = $(PYTHON) report.py $(RUNS)
+REPORT = $(PYTHON) -m report.report $(RUNS)
 
 # Without PYTHON=..., make builds an environment of its own in .venv; with it, that interpreter is used as it is.
 ifeq ($(origin PYTHON),undefined)
@@ -112,18 +112,18 @@ report: | $(VENV) ## results.md and the figures, of all runs in RUNS, finished o
 readme: | $(VENV)  # puts RUNS' tables and figures into README.md, where it has places for them
 	@$(REPORT) --readme README.md
 
-# Named for the mistake (of mistakes.py, with dashes for its spaces). Their policies are evaluated again without it.
+# Named for the mistake (of lab/mistakes.py, with dashes for its spaces). Their policies are evaluated again without it.
 BROKEN_REINFORCE = sign KL-negated no-shift reward-broadcast-over-tokens greedy
 BROKEN_DPO = chosen-and-rejected-swapped no-shift mask-one-column-late reference-forgotten prompt-scored
 BROKEN = lr-5e-3 $(BROKEN_REINFORCE) $(BROKEN_DPO:%=dpo-%)
 broken: $(call finished,alpha-0 alpha-0.1 beta-0.1 $(BROKEN:%=broken-measured/%)) ## runs with mistakes in them, drawn
-	$(PYTHON) broken.py $(RUNS)
+	$(PYTHON) -m lab.broken $(RUNS)
 
 $(call finished,$(BROKEN_REINFORCE:%=broken/%)): $(RUNS)/broken/%/eval.json: | $(NEEDED)
-	$(PYTHON) mistakes.py "$*" reinforce.py $(MODELS) $(SUITED_REINFORCE) --alpha 0.1 $(FLAGS) --out $(@D)
+	$(PYTHON) -m lab.mistakes "$*" reinforce.py $(MODELS) $(SUITED_REINFORCE) --alpha 0.1 $(FLAGS) --out $(@D)
 
 $(call finished,$(BROKEN_DPO:%=broken/dpo-%)): $(RUNS)/broken/dpo-%/eval.json: | $(NEEDED)
-	$(PYTHON) mistakes.py "$*" dpo.py $(MODELS) $(call flag,--pairs,$(PAIRS)) $(SUITED_DPO) --beta 0.1 \
+	$(PYTHON) -m lab.mistakes "$*" dpo.py $(MODELS) $(call flag,--pairs,$(PAIRS)) $(SUITED_DPO) --beta 0.1 \
 	    $(FLAGS) --out $(@D)
 
 $(call finished,broken/lr-5e-3): | $(NEEDED)
@@ -154,7 +154,7 @@ $(RUNS)/samples-%/eval.json: | $(NEEDED)
 	$(RUN) reward.py $(MODELS) $(FLAGS) --samples-per-prompt $* --eval-limit 500 --out $(@D)
 
 $(WORLD)/world.json: | $(VENV)
-	$(PYTHON) toy.py --out $(@D)
+	$(PYTHON) -m demo.world --out $(@D)
 
 venv: .venv/ready ## only make the environment
 
@@ -178,7 +178,7 @@ NEW = import sys; sys.exit(sys.version_info < (3, 11))
 	@touch $@
 
 check: | $(VENV) ## what is right and wrong in a solution of the course: make check SOLUTION=A3.py
-	@$(PYTHON) check.py "$(SOLUTION)" $(FLAGS)
+	@$(PYTHON) -m course.check "$(SOLUTION)" $(FLAGS)
 
 test: | $(DEV) ## everything that CI runs but lint; no network, no GPU
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal
@@ -187,10 +187,10 @@ lint: | $(DEV) ## style and unused names
 	$(PYTHON) -m ruff check .
 
 mutants: | $(DEV) ## does a test fail for every small change of the mathematics? (four minutes)
-	OMP_NUM_THREADS=1 $(PYTHON) mutate.py $(FLAGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m lab.mutants $(FLAGS)
 
 bench: | $(VENV) $(VENV:ready=ready-bench) ## speed and memory against the course's way and TRL (ten minutes on two cores)
-	$(PYTHON) bench.py $(FLAGS)
+	$(PYTHON) -m lab.bench $(FLAGS)
 
 clean: ## remove the environment, the world of the demo and caches; runs stay
 	rm -rf .venv build mutants __pycache__ .hypothesis .pytest_cache .ruff_cache

@@ -14,10 +14,10 @@ import zlib
 import torch
 from transformers import AutoModelForCausalLM
 
-from families import check_words, end_token, first_tokens, load_model, load_tokenizer, opening
-from fast import cast_once, prepare
-from inputs import load_columns, loading
-from runs import UserError
+from support.families import check_words, end_token, first_tokens, load_model, load_tokenizer, opening
+from support.fast import cast_once, prepare
+from support.loading import load_columns, loading
+from support.runs import UserError
 
 # ---- log-probabilities -------------------------------------------------------------------------------------
 

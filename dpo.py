@@ -13,18 +13,18 @@ Left out on purpose: label smoothing, length normalization, the family's other l
 import time
 from typing import NamedTuple
 
-import runs  # before torch, so that Ctrl-C while it loads needs no traceback
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import Progress
 from common import checked_grad_norm, completion_logits, load_policy, load_reference, masked_sum, seeded
-from families import check_length, encode, encode_after, opening
-from fast import like_lengths, logps_and_kl, parts, pick_device
-from inputs import load_columns
-from ranks import summed, turns
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples
+from support import runs
+from support.checkpoint import Progress
+from support.families import check_length, encode, encode_after, opening
+from support.fast import like_lengths, logps_and_kl, parts, pick_device
+from support.loading import load_columns
+from support.ranks import summed, turns
 
 COLUMNS = ("prompt", "positive_completion", "negative_completion")
 

@@ -14,16 +14,16 @@ reduction, and unbiased.
 
 import time
 
-import runs  # before torch, so that Ctrl-C while it loads needs no traceback
 import torch
 
-from checkpoint import Progress
 from common import (checked_grad_norm, completion_logits, completion_mask, load_policy, load_prompts, load_reference,
                     masked_sum, sample, seeded)
-from families import check_length, decode
-from fast import logps_and_kl, parts, pick_device
-from ranks import gathered, mine, summed
 from reward import SAMPLE_EVERY, evaluate, load_scorer, load_test_prompts, log_samples, positivity
+from support import runs
+from support.checkpoint import Progress
+from support.families import check_length, decode
+from support.fast import logps_and_kl, parts, pick_device
+from support.ranks import gathered, mine, summed
 
 
 def reinforce_loss(logps, mask, reward):

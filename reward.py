@@ -13,17 +13,17 @@ import math
 import time
 from typing import NamedTuple
 
-import runs  # before torch, so that Ctrl-C while it loads needs no traceback
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from common import (completion_logits, completion_mask, load_policy, load_prompts, load_reference, masked_sum, sample,
                     seeded)
-from families import check_length, decode, decode_after, fit_classifier, load_model, load_tokenizer, positions
-from fast import logps_and_kl, pick_device, prepare
-from measures import DISTINCT_TEXTS, distinct
-from ranks import everyone, mine
+from report.measures import DISTINCT_TEXTS, distinct
+from support import runs
+from support.families import check_length, decode, decode_after, fit_classifier, load_model, load_tokenizer, positions
+from support.fast import logps_and_kl, pick_device, prepare
+from support.ranks import everyone, mine
 
 SAMPLES = 5  # completions shown of every policy, always of the same prompts
 SAMPLE_EVERY = 50  # training steps between two looks at them

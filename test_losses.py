@@ -15,9 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import common
 import dpo
-import fast
 import reinforce
 import reward
+from support import fast
 
 BIT = math.log(2)  # one bit in nats
 EOS = 0

@@ -1,0 +1,180 @@
+"""Properties that must hold for any text, length, batch size and limit, tried on what hypothesis thinks of.
+
+The same examples in each run. EXAMPLES=2000 pytest test_properties.py looks for new ones.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import common
+import demo.world
+import dpo
+import reinforce
+from support import families, fast
+
+FOUND = os.environ.get("EXAMPLES")
+settings.register_profile("here", max_examples=int(FOUND or 60), derandomize=not FOUND, deadline=None, database=None)
+settings.load_profile("here")
+
+EOS = 0
+WORDS = ["the film", " the", "don't", "  ", " ", "\n", "\t ", "\x00", "\x1b[31m", "\x1f", "\x85", "\u2028",
+         "é", "🎬", "👩\u200d👧", "<|endoftext|>", " <|endoftext|>", "שלום", "\u202eabc", "ا", "|",
+         "3.5/10", "!!!", "\u00a0"]
+texts = st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=4)), max_size=12).map("".join)
+ids = st.lists(st.integers(1, 10), min_size=1, max_size=9)
+pairs = st.lists(st.builds(dpo.Pair, ids, ids, ids), min_size=1, max_size=5)
+
+
+def merging_tokenizer():
+    """GPT-2's kind as it is, with merges: bytes, then ever longer pieces of words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    start = ["<|endoftext|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=start, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([" ".join(WORDS), "".join(WORDS), "the film and the others in it"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+TOKENIZERS = {"words": demo.world.policy_tokenizer(["".join(WORDS), "the film and the others"]),
+              "merges": merging_tokenizer()}
+any_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random GPT-2 of 11 words with forecasts far from uniform, and another one."""
+    torch.manual_seed(0)
+    size = {"vocab_size": 11, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    found = [fast.prepare(GPT2LMHeadModel(GPT2Config(**size, eos_token_id=EOS, bos_token_id=EOS)).eval(), "fp32")
+             for _ in range(2)]
+    with torch.no_grad():
+        for weight in (*found[0].parameters(), *found[1].parameters()):
+            weight.mul_(6)
+    return found
+
+
+# ---- tokenizing --------------------------------------------------------------------------------------------
+
+
+@any_tokenizer
+@given(text=texts)
+def test_any_text_comes_back_as_it_was_and_holds_no_end_token(tokenizer, text):
+    (found,) = families.encode(tokenizer, [text])
+    assert tokenizer.eos_token_id not in found
+    assert families.decode(tokenizer, [found]) == [text]
+    assert families.decode(tokenizer, [[*found, tokenizer.eos_token_id]]) == [text]
+
+
+@any_tokenizer
+@given(text=texts, length=st.integers(1, 12), repeat=st.integers(1, 20))
+def test_the_first_tokens_are_those_of_the_whole_text(tokenizer, text, length, repeat):
+    text *= repeat  # so that it is cut
+    (whole,) = families.encode(tokenizer, [text])
+    assert families.first_tokens(tokenizer, [text], length) == [whole[:length]]
+
+
+# ---- masks -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), min_size=1, max_size=6))
+def test_the_mask_ends_with_the_first_eos(completions):
+    for row, mask in zip(completions, common.completion_mask(torch.tensor(completions), EOS).tolist(), strict=True):
+        length = row.index(EOS) + 1 if EOS in row else len(row)
+        assert mask == [True] * length + [False] * (len(row) - length)
+
+
+# ---- pairs -------------------------------------------------------------------------------------------------
+
+
+@any_tokenizer
+@given(rows=st.lists(st.tuples(texts, texts, texts), min_size=1, max_size=5), max_len=st.integers(1, 40))
+def test_the_mask_covers_the_completions_own_tokens_and_nothing_else(tokenizer, rows, max_len):
+    """From text to tensors: under the mask stand the completion's tokens, and the end where nothing was cut."""
+    eos = tokenizer.eos_token_id
+    encoded = [families.encode(tokenizer, row) for row in rows]
+    kept = [row for row in encoded if row[0] and row[1] and row[2] and len(row[0]) < max_len]
+    made = [dpo.make_pair(*row, eos, max_len) for row in encoded]
+    assert [pair is not None for pair in made] == [row in kept for row in encoded]
+    if not kept:
+        return
+    tokens, attention, mask = dpo.collate([pair for pair in made if pair], "cpu")
+    width = tokens.shape[1] - mask.shape[1]
+    sides = [(prompt, chosen) for prompt, chosen, _ in kept] + [(prompt, rejected) for prompt, _, rejected in kept]
+    assert len(tokens) == len(sides)
+    for row, (prompt, completion) in enumerate(sides):
+        whole = [*prompt, *completion, eos]
+        own = whole[len(prompt) : max_len]
+        assert tokens[row, width:][mask[row]].tolist() == own
+        assert mask[row].tolist() == [True] * len(own) + [False] * (mask.shape[1] - len(own))
+        assert tokens[row][attention[row].bool()].tolist() == prompt + own and len(prompt + own) <= max_len
+        assert attention[row, width - len(prompt) : width + len(own)].all()  # no gap
+
+
+@given(st.lists(st.tuples(texts, texts, texts), min_size=1, max_size=6), st.sampled_from(["", " ", "repeat"]))
+def test_prompt_and_completion_are_joined_as_the_data_set_means_it(rows, layout):
+    start = {"repeat": None, "": "x", " ": " x"}[layout]  # so that the layout is what it says, whatever the texts
+    prompts = [prompt + "." for prompt, _, _ in rows]
+    starts = prompts if layout == "repeat" else [start] * len(rows)
+    chosen, rejected = ([first + row[side] for first, row in zip(starts, rows, strict=True)] for side in (1, 2))
+    found = dpo.split_completions(prompts, chosen, rejected)
+    for prompt, given_side, side in zip(prompts * 2, chosen + rejected, found[0] + found[1], strict=True):
+        assert prompt + side == {"repeat": given_side, " ": prompt + given_side, "": f"{prompt} {given_side}"}[layout]
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), batch_size=st.integers(1, 9),
+       window=st.integers(1, 4), seed=st.integers(0, 99))
+def test_batches_of_like_length_hold_every_row_once(lengths, batch_size, window, seed):
+    batches = fast.like_lengths(torch.tensor(lengths), batch_size, common.seeded(seed, "train order"), window)
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(lengths)))
+    assert len(batches) == -(-len(lengths) // batch_size)
+    assert all(1 <= len(batch) <= batch_size for batch in batches)
+
+
+# ---- a row alone and in any batch --------------------------------------------------------------------------
+
+
+@given(pairs=pairs, batch_size=st.integers(1, 6))
+def test_a_pairs_log_probs_are_the_same_alone_and_in_any_batch(model, pairs, batch_size):
+    together = dpo.all_logps(model[0], pairs, batch_size, "test")
+    for pair, found in zip(pairs, together, strict=True):
+        torch.testing.assert_close(torch.stack(dpo.pair_logps(model[0], [pair]), dim=1)[0], found, atol=1e-4, rtol=0)
+        for completion, logp in zip((pair.chosen, pair.rejected), found, strict=True):  # and without any padding
+            every = model[0](torch.tensor([pair.prompt + completion])).logits[0].log_softmax(-1)
+            own = every[range(len(pair.prompt) - 1, len(every) - 1), completion]
+            assert own.sum().item() == pytest.approx(logp.item(), abs=1e-4)
+
+
+@given(rows=st.integers(1, 6), prompt=st.integers(1, 9), completion=st.integers(1, 12), seed=st.integers(0, 999))
+def test_a_completions_log_probs_and_kl_are_the_same_alone_and_in_any_batch(model, rows, prompt, completion, seed):
+    policy, reference = model
+    prompts = torch.randint(1, 11, (rows, prompt), generator=common.seeded(seed, "prompts"))
+    tokens = common.sample(policy, prompts, completion, common.seeded(seed, "sampling"))
+    mask = common.completion_mask(tokens[:, prompt:], EOS)
+
+    def scored(rows):
+        logits, ref_logits = (common.completion_logits(one, tokens[rows], completion) for one in (policy, reference))
+        kl = reinforce.token_kl(logits, ref_logits)
+        logps = common.token_logps(logits, tokens[rows, prompt:])
+        return torch.stack([common.masked_sum(values, mask[rows]) for values in (logps, kl)])
+
+    with torch.no_grad():
+        together = scored(slice(None))
+        for row in range(rows):
+            alone = scored(slice(row, row + 1))[:, 0]
+            torch.testing.assert_close(alone, together[:, row], atol=1e-4, rtol=1e-5)
+
+
+@given(rows=st.integers(1, 6), prompt=st.integers(1, 5), completion=st.integers(1, 12), seed=st.integers(0, 999))
+def test_a_row_is_sampled_the_same_whatever_the_others_are(model, rows, prompt, completion, seed):
+    """Other prompts beside it, which end sooner or later: its own tokens stay."""
+    prompts, others = torch.randint(1, 11, (2, rows, prompt), generator=common.seeded(seed, "prompts"))
+    others[-1] = prompts[-1]  # the last row, so that those that end are above it
+    found = [common.sample(model[0], some, completion, common.seeded(seed, "sampling")) for some in (prompts, others)]
+    assert found[0][-1].tolist() == found[1][-1].tolist()
