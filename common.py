@@ -9,30 +9,45 @@ completions on the right, so that every completion starts at column P. One row, 
               1  1  1   0     mask (B, N), column j is completion token j
 """
 
+import math
 import zlib
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch.func import functional_call
 
-from support.families import check_words, end_token, first_tokens, load_model, load_tokenizer, opening
-from support.fast import cast_once, prepare
-from support.loading import load_columns, loading
-from support.runs import UserError
+from support.ranks import all_reduce
 
 # ---- log-probabilities -------------------------------------------------------------------------------------
 
 
-def token_logps(logits, tokens):
-    """(B, N, V), (B, N) -> (B, N): log-probability in nats of each token under the logits of its own column.
+def log_probs(logits):
+    """(B, N, V) -> (B, N, V), nats. fp32 whatever the logits are: in bf16 a 100-token sum is off by a nat."""
+    return logits.log_softmax(dim=-1, dtype=torch.float32)
 
-    The softmax is fp32 whatever the logits are: in bf16 it is off by a nat on a 100-token sum.
+
+def token_logps(logp, tokens):
+    """(B, N, V), (B, N) -> (B, N): the log-probability of each token, from its own column.
+
     ValueError if the shapes disagree: gather would not complain about tokens that are one column short.
     """
-    if logits.shape[:-1] != tokens.shape:
-        shapes = f"tokens {tuple(tokens.shape)} do not match logits {tuple(logits.shape)}"
+    if logp.shape[:-1] != tokens.shape:
+        shapes = f"tokens {tuple(tokens.shape)} do not match logp {tuple(logp.shape)}"
         raise ValueError(f"{shapes}: they must be (B, N) and (B, N, V)")
-    logps = logits.float().log_softmax(dim=-1)
-    return logps.gather(dim=-1, index=tokens.unsqueeze(-1)).squeeze(-1)
+    return logp.gather(dim=-1, index=tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def token_kl(logp, ref_logp):
+    """(B, N, V) twice -> (B, N): exact KL(policy ‖ reference) in nats at each position, of log-probabilities.
+
+        KL = sum_v p(v) * (log p(v) - log q(v)),   p the policy, q the reference, v the whole vocabulary
+
+    The gradient flows through p and log p. It leaves out that an early token changes which contexts come
+    later: biased, on purpose, for far less variance than the sampled form. ValueError if the shapes disagree.
+    """
+    if logp.shape != ref_logp.shape:
+        raise ValueError(f"ref_logp {tuple(ref_logp.shape)} does not match logp {tuple(logp.shape)}")
+    # A word of probability 0 adds 0, where 0 * (-inf) would add nan.
+    return (logp.exp() * (logp - ref_logp).masked_fill_(logp == -torch.inf, 0.0)).sum(dim=-1)
 
 
 def completion_mask(completions, eos):
@@ -69,34 +84,49 @@ def completion_logits(model, tokens, length, attention=None):
         attention = attention[:, :-1]
         positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
     inputs = {"input_ids": tokens[:, :-1], "attention_mask": attention, "position_ids": positions}
-    return model(**inputs, use_cache=False, logits_to_keep=length).logits
+    # What follows is model(**inputs), but for the head in bf16; not for the embedding, which GPT-2 ties to it.
+    inputs |= {"use_cache": False, "logits_to_keep": length}
+    return functional_call(model, centred_head(model), kwargs=inputs, tie_weights=False).logits
+
+
+def centred_head(model):
+    """-> {name: the last layer's weights less their mean over the words}; {} outside of torch.autocast.
+
+    That shifts all logits of a place by one number, which a softmax ignores. bf16 does not: GPT-2's logits lie
+    around -100, where it has steps of 0.5, and rounded there they are another distribution.
+    """
+    name = getattr(model, "head_name", None)  # from load_policy; None where something bends the logits later
+    if name is None or not torch.is_autocast_enabled(model.device.type):
+        return {}
+    weight = model.get_output_embeddings().weight  # (V, width)
+    return {name: (weight - weight.detach().mean(dim=0)).bfloat16()}
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------
 
 
-def sample(model, prompts, length, generator=None, forecasts=None, own=slice(None)):
-    """(B, P) -> (B, P + N): each prompt and N = `length` tokens drawn from exactly softmax(logits).
+def sample(model, prompts, uniform, keep_logits=False):
+    """(B, P), (B, N) in [0, 1) -> (B, P + N): each prompt and N tokens drawn from exactly softmax(logits).
 
-    No top-k, no temperature: REINFORCE is right only for samples of the distribution that it scores.
-    A row ends with its eos, is filled up with eos, and costs nothing from there on. Reproducible with a
-    torch.Generator of the model's device. `forecasts` (B, N, V), of the logits' type, keeps the logits drawn
-    from, if given; after a row's eos it stays as it was. `own`: go on with these rows only, as if with all.
+    No top-k, no temperature: REINFORCE is right only for samples of the distribution that it scores. A row
+    is a function of its prompt and its numbers; after its eos it is filled up with eos and costs nothing.
+    keep_logits: -> tokens and (B, N, V), the logits that they were drawn from, 0 after a row's eos.
     """
-    eos = model.config.eos_token_id
-    uniform = torch.rand(length, len(prompts), generator=generator, device=prompts.device)  # in [0, 1)
-    uniform, prompts = uniform[:, own], prompts[own]
-    tokens = torch.cat([prompts, prompts.new_full((len(prompts), length), eos)], dim=1)
-    rows = torch.arange(len(prompts), device=prompts.device)  # those that have not ended
-    cache, new = None, prompts  # keys and values of what was fed; what is to be fed
-    with torch.no_grad(), cast_once(model, prompts.device):
-        for column in range(length if len(rows) else 0):
-            output = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    eos, (batch, length) = model.config.eos_token_id, uniform.shape
+    tokens = torch.cat([prompts, prompts.new_full((batch, length), eos)], dim=1)
+    rows = torch.arange(batch, device=prompts.device)  # those that have not ended
+    cache, new, kept = None, prompts, None  # keys and values of what was fed; what is to be fed
+    with torch.no_grad():
+        head = centred_head(model)
+        for column in range(length):
+            inputs = {"input_ids": new, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            output = functional_call(model, head, kwargs=inputs, tie_weights=False)
             cache, logits = output.past_key_values, output.logits[:, -1]
-            drawn = draw(logits, uniform[column, rows])
+            drawn = draw(logits, uniform[rows, column])
             tokens[rows, prompts.shape[1] + column] = drawn
-            if forecasts is not None:
-                forecasts[rows, column] = logits
+            if keep_logits:
+                kept = logits.new_zeros(batch, length, logits.shape[-1]) if kept is None else kept
+                kept[rows, column] = logits
             going = drawn != eos
             if not going.all():
                 rows, drawn = rows[going], drawn[going]
@@ -104,18 +134,18 @@ def sample(model, prompts, length, generator=None, forecasts=None, own=slice(Non
                     break
                 cache.reorder_cache(going.nonzero().squeeze(1))  # its row i is now tokens[rows[i]]
             new = drawn.unsqueeze(1)
-    return tokens
+    return (tokens, kept) if keep_logits else tokens
 
 
 def draw(logits, uniform):
-    """(B, V), (B,) in [0, 1) -> (B,): a word of each row; for uniform numbers, with probability softmax(logits).
+    """(B, V), (B,) in [0, 1) -> (B,): a word of each row, with probability softmax(logits).
 
     The number is looked up in the cumulative distribution: word v owns the interval between the sums without
-    and with it, so a word of probability 0 owns nothing and is never drawn. In fp32 the intervals of GPT-2's
-    50,257 words are rounded: all together, 0.0003 of the probability stands with another word (measured on a
-    CPU). Where logits are nan the draw means nothing; what follows is nan too, and stops the run.
+    and with it, so a word of probability 0 owns nothing. In fp32 the intervals of GPT-2's 50,257 words are
+    rounded: 0.0003 of the probability stands with another word (measured on a CPU). Of nan logits the draw
+    means nothing; what follows is nan too, and stops the run.
     """
-    cumulative = logits.float().softmax(dim=-1).cumsum_(dim=-1)
+    cumulative = logits.softmax(dim=-1, dtype=torch.float32).cumsum_(dim=-1)
     target = uniform.unsqueeze(1) * cumulative[:, -1:]  # in fp32 the probabilities add up to nearly 1 only
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)  # the first word whose sum is above
     return drawn.clamp(max=logits.shape[-1] - 1)  # only nan gets there
@@ -123,85 +153,32 @@ def draw(logits, uniform):
 
 def seeded(seed, use, device="cpu"):
     """A torch.Generator for one use ("sampling", "train order"), so that no use disturbs another."""
-    # crc32 and not hash(), which differs from process to process.
-    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {use}".encode()))
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {use}".encode()))  # hash() is not the same twice
 
 
-# ---- training ----------------------------------------------------------------------------------------------
+def decode(tokenizer, tokens):
+    """(B, T) -> list of B str, as they stand but for special tokens (finished rows are filled with eos)."""
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def checked_grad_norm(step, values, model, max_norm=None):
-    """Norm of the whole gradient, after loss.backward(); one longer than `max_norm` is then shortened to that.
+def update(policy, optimizer, step, metrics, weight=1.0, max_norm=None):
+    """What follows loss.backward(): the optimizer's step -> dict of float, the metrics and "grad_norm".
 
-    Stops the run before a nan can reach the weights. values: dict of (), in the order in which one spoils the next.
+    metrics: dict of (), causes first. With torchrun they and the gradients are
+    added up over the ranks, the metrics times `weight`, the share of the batch that this rank has gone through.
+    FloatingPointError before a nan can reach the weights. A gradient longer than max_norm is shortened to it.
     """
-    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    values = weight * torch.stack([*metrics.values()]).detach()
+    gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
+    all_reduce(values, *gradients)
     norm = torch.nn.utils.get_total_norm(gradients)
-    for name, value in {**values, "gradient's norm": norm}.items():
-        if not torch.isfinite(value):
-            advice = "try a lower --lr or --max-grad-norm 1" if step > 1 else "what was loaded, or a flag, is at fault"
-            raise UserError(f"step {step}: the {name} is {value.item()}; the weights were not touched; {advice}")
+    found = dict(zip([*metrics, "grad_norm"], [*values.tolist(), norm.item()], strict=True))
+    for name, value in found.items():
+        if not math.isfinite(value):
+            advice = "try a lower --lr or --max-grad-norm 1" if step > 1 else "look at the flags and the models"
+            raise FloatingPointError(f"step {step}: {name} is {value}; the weights were not touched; {advice}")
     if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    return norm.item()
-
-
-# ---- loading -----------------------------------------------------------------------------------------------
-
-
-def load_policy(name, device, precision="fp32"):
-    """Hub name or local folder -> (language model, tokenizer)."""
-    model = load_model(AutoModelForCausalLM, "a language model", "--policy", name, device)
-    tokenizer = load_tokenizer("--policy", name)
-    model.config.eos_token_id = end_token("--policy", name, model, tokenizer)
-    model.config.vocab_size = model.config.get_text_config().vocab_size  # which a model that reads images hides
-    check_words("--policy", name, model, tokenizer, model.config.eos_token_id)
-    with loading("--policy", name, "a policy that keeps keys and values and reads padded rows"):
-        check_forecasts(model)
-    return prepare(model, precision), tokenizer  # not sooner: the check needs exact numbers
-
-
-@torch.no_grad()
-def check_forecasts(model):
-    """ValueError unless a row is forecast the same with padding on its left, and from a cache that another row left.
-
-    Some families count positions in their own way, or keep something else than keys and values.
-    """
-    tokens = torch.arange(2, 14, device=model.device).view(2, 6) % model.config.get_text_config().vocab_size
-    attention = torch.ones_like(tokens)
-    attention[1, 0] = 0  # the second row begins one column later
-    padded, alone = completion_logits(model, tokens, 2, attention)[1:], completion_logits(model, tokens[1:, 1:], 2)
-    cache = model(input_ids=tokens[:, :4], use_cache=True, logits_to_keep=1).past_key_values
-    cache.reorder_cache(torch.tensor([1], device=model.device))
-    cached = model(input_ids=tokens[1:, 4:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    whole = model(input_ids=tokens[1:], use_cache=False, logits_to_keep=1).logits
-    for found, expected, where in ((padded, alone, "padded on the left"), (cached, whole, "sampled with a cache")):
-        if not torch.allclose(found.log_softmax(dim=-1), expected.log_softmax(dim=-1), atol=1e-2, equal_nan=True):
-            raise ValueError(f"a row has other log-probs when it is {where}")
-
-
-def load_reference(name, policy, device, precision="fp32"):
-    """The original model, without gradients, for a policy of the same vocabulary."""
-    reference = load_model(AutoModelForCausalLM, "a language model", "--reference", name, device)
-    words = reference.config.get_text_config().vocab_size
-    if words != policy.config.vocab_size:
-        sizes = f"{words} words, the policy {policy.config.vocab_size}"
-        raise UserError(f"--reference {name} has a vocabulary of {sizes}: there is no KL between them")
-    return prepare(reference, precision).requires_grad_(False)  # of weights with a gradient autocast keeps copies
-
-
-def load_prompts(name, split, tokenizer, length, order, limit=None):
-    """-> (n, P) LongTensor: the first `length` tokens of a split's reviews, shuffled by a Generator.
-
-    Before them stands what the tokenizer writes before any text: a bos, or nothing, as for GPT-2 (P = `length`).
-    The data set is sorted by label: without the shuffle the first n = `limit` would all be negative.
-    Shorter reviews are left out and counted: prompts never need padding.
-    """
-    (texts,) = load_columns("--prompts", name, split, ["text"])
-    shuffled = [texts[row] for row in torch.randperm(len(texts), generator=order)]
-    prompts = [ids for ids in first_tokens(tokenizer, shuffled, length) if len(ids) == length]
-    if not prompts:
-        raise UserError(f"--prompts {name}: no {split} review has {length} tokens; lower --prompt-len")
-    short, prompts = len(texts) - len(prompts), prompts[:limit]
-    print(f"{split} prompts: {len(prompts)} of {len(texts)} reviews; {short} have fewer than {length} tokens")
-    return torch.tensor([opening(tokenizer) + ids for ids in prompts])
+        torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_norm, norm)
+    optimizer.step()
+    optimizer.zero_grad()  # not later: sampling wants the memory
+    return found

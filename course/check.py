@@ -31,7 +31,7 @@ JUDGED = ("compute_reward_for_mini_batch", "compute_reinforce_loss", "compute_kl
 NOT_JUDGED = ("evaluate", "train", "get_log_probs", "train_DPO")
 
 
-def work(*arguments):
+def work_in_child(*arguments):
     """What a child does."""
     from course import child  # loads torch, which this process does without
 
@@ -43,9 +43,9 @@ def failure(said):
 
 
 def in_child(context, path, name, limit):
-    """judging.judged(), in a child process that is stopped after `limit` seconds."""
+    """child.judged(), in a child process that is stopped after `limit` seconds."""
     receives, sends = context.Pipe(duplex=False)
-    child = context.Process(target=work, args=(path, name, sends), daemon=True)
+    child = context.Process(target=work_in_child, args=(path, name, sends), daemon=True)
     child.start()
     sends.close()
     try:
@@ -59,7 +59,7 @@ def in_child(context, path, name, limit):
         child.join()
 
 
-def unfinished(function):
+def has_no_body(function):
     """True for a body of nothing but a docstring, pass, ... or NotImplementedError."""
     body = [node for node in function.node.body
             if not isinstance(node, ast.Pass) and not isinstance(getattr(node, "value", None), ast.Constant)]
@@ -68,7 +68,7 @@ def unfinished(function):
 
 def check(path, limit=60, judge=None):
     """-> {name: verdict} for all of the course's functions. judge(name) -> verdict; by default in a child process."""
-    read = parse.read(path)
+    read = parse.read_solution(path)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["course.child", "datasets", "matplotlib.pyplot"])
     if not judge:  # Ctrl-C is for this process, which stops the others
@@ -83,7 +83,7 @@ def check(path, limit=60, judge=None):
         unread = next((part for part in read.unread if name in part.functions), None)
         if name in read.functions:
             answer["line"] = read.functions[name].node.lineno
-            if unfinished(read.functions[name]):
+            if has_no_body(read.functions[name]):
                 answer["notes"] = ["still TODO: it has no body"]
             elif name in JUDGED:
                 answer |= {key: value for key, value in judge(name).items() if value is not None}

@@ -108,7 +108,7 @@ def work(path, name, answers):
     sys.path.append(str(Path(path).resolve().parent))  # for what stands beside the solution
     tiny_models.no_accelerator()
     try:
-        answer = judged(parse.read(path), name, path)
+        answer = judged(parse.read_solution(path), name, path)
     except BaseException as error:  # SystemExit, too: the solution's code may say anything
         answer = {"status": "raises", "got": f"{type(error).__name__}: {error}", "notes": []}
     answers.send(answer)

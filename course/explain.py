@@ -145,7 +145,7 @@ class Unfinished(TypeError):
     """The function returns None or ..., as one does that has not been written yet."""
 
 
-def unfinished(answer):
+def answered(answer):
     """Raises Unfinished if there is nothing in an answer, or nothing in a part of it."""
     for part in answer if isinstance(answer, (tuple, list)) else [answer]:
         if part is None or part is ...:
@@ -153,10 +153,10 @@ def unfinished(answer):
     return answer
 
 
-def number(answer, what):
+def scalar(answer, what):
     """-> the tensor of one element in an answer (the last, if it is a tuple), notes."""
     answer = answer.get("loss", answer) if isinstance(answer, dict) else answer
-    parts = unfinished(answer) if isinstance(answer, (tuple, list)) else [unfinished(answer)]
+    parts = answered(answer) if isinstance(answer, (tuple, list)) else [answered(answer)]
     for part in reversed(parts):
         if isinstance(part, int):
             raise Unfinished(f"returns {part}")

@@ -1,4 +1,4 @@
-"""The cases of what goes into the losses: log-probs, labels, samples and their reward. cases.py has the losses'."""
+"""Cases of what goes into the losses: log-probs, labels, samples and their reward. judge_losses.py has the losses'."""
 
 import contextlib
 import inspect
@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from transformers import BatchEncoding
 
-from common import token_logps
+from common import log_probs, token_logps
 from course import tiny_models
 from course.explain import (NO_GRADIENT, BadAnswer, Verdict, Watch, call, close, graded, gradient, right, shapes,
-                            unfinished, verdict, wrong)
+                            answered, verdict, wrong)
 from course.judge_losses import KINDS, masks, of_tokens, scores, span
 from course.tiny_models import EOS, LENGTH, PROMPT
 
@@ -80,7 +80,7 @@ def judge_batch_logps(function, given):
     averages = [False, True] if takes > 2 else [False]
     for average in averages:
         theirs = labels.clone()
-        answer = unfinished(watched.call(function, given, *(logits, theirs, average)[:takes]))
+        answer = answered(watched.call(function, given, *(logits, theirs, average)[:takes]))
         if not isinstance(answer, torch.Tensor) or answer.dim() > 1:
             raise BadAnswer("a tensor (4,): a number for each row", shapes(answer))
         if not torch.equal(theirs, labels):
@@ -91,7 +91,7 @@ def judge_batch_logps(function, given):
     notes = ("has no parameter average_log_prob",) if takes < 3 else ()
     result, _ = verdict(BATCH_LOGPS, predict, averages, got, watched, notes)
     own = labels[:, 1:] != -100
-    logps = token_logps(logits[:, :-1], labels[:, 1:].clamp(min=0))
+    logps = token_logps(log_probs(logits[:, :-1]), labels[:, 1:].clamp(min=0))
     (expected,) = gradient((logps * own).sum(), logits)
     return graded(result, found, expected, NO_GRADIENT, "no gradient reaches the logits")
 
@@ -150,10 +150,10 @@ def judge_labels(function, given, side="left"):
     def answer(side):
         encoded, lengths = tokenized(side)
         try:
-            return unfinished(call(function, given, encoded, lengths)), encoded["input_ids"]
+            return answered(call(function, given, encoded, lengths)), encoded["input_ids"]
         except (TypeError, AttributeError) as error:  # perhaps it wants the lengths as numbers
             with contextlib.suppress(Exception):
-                return unfinished(call(function, given, encoded, lengths.tolist())), encoded["input_ids"]
+                return answered(call(function, given, encoded, lengths.tolist())), encoded["input_ids"]
             raise error
 
     labels, ids = answer(side)
@@ -262,11 +262,11 @@ def judge_reward(function, given):
     for seed in (0, 1):
         torch.manual_seed(seed)
         try:
-            answers.append(unfinished(call(function, given, batch, *parts)))
+            answers.append(answered(call(function, given, batch, *parts)))
         except (TypeError, KeyError) as error:  # perhaps it takes rows of the data set, not texts
             for batch in ({"text": list(reviews), "label": [0] * len(reviews)}, [{"text": text} for text in reviews]):
                 with contextlib.suppress(TypeError, KeyError, AttributeError, ValueError):
-                    answers.append(unfinished(call(function, given, batch, *parts)))
+                    answers.append(answered(call(function, given, batch, *parts)))
                     break
             else:
                 raise error

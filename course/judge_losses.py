@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from common import completion_mask, token_logps
 from course import tiny_models
-from course.explain import NO_GRADIENT, Watch, call, close, graded, gradient, number, right, shapes, verdict, wrong
+from course.explain import NO_GRADIENT, Watch, call, close, graded, gradient, right, scalar, shapes, verdict, wrong
 from course.tiny_models import EOS, LENGTH, REWARDS
 
 NOT_DETACHED = "the reward is not detached here: see that it is before"
@@ -148,7 +148,7 @@ def judge_reinforce(function, given):
         policy = given["model"] = tiny_models.policy()  # some use the global
         watched.models.append(policy)
         answer = watched.call(function, given, case.reward.clone(), case.tokens.clone(), policy)
-        loss, notes = number(answer, "loss")
+        loss, notes = scalar(answer, "loss")
         got.append([loss.item()])
         if case is cases[0]:
             (found,) = gradient(loss, policy.table)
@@ -166,7 +166,7 @@ def judge_reinforce(function, given):
         return result._replace(status="wrong", mistake="KL without a gradient", notes=(*result.notes, note))
     with contextlib.suppress(Exception):  # a function that wants a reward without a graph is right to
         reward = torch.tensor(REWARDS, requires_grad=True)
-        loss, _ = number(call(function, given, 1 * reward, whole.clone(), tiny_models.policy()), "loss")
+        loss, _ = scalar(call(function, given, 1 * reward, whole.clone(), tiny_models.policy()), "loss")
         if gradient(loss, reward) != [None]:
             result = result._replace(notes=(*result.notes, NOT_DETACHED))
     return result
@@ -286,7 +286,7 @@ def judge_kl(function, given):
         ours = policy(tokens).logits.log_softmax(dim=-1)
         theirs = own_log_probs(given, tokens.clone(), policy, ours) if use_own else ours
         use_own = theirs is not ours
-        kl, notes = number(watched.call(function, given, theirs, tokens.clone(), original), "KL")
+        kl, notes = scalar(watched.call(function, given, theirs, tokens.clone(), original), "KL")
         got.append([kl.item()])
         with torch.no_grad():
             logits = [model(tokens).logits for model in (tiny_models.policy(), tiny_models.original())]
@@ -370,7 +370,7 @@ def judge_dpo(function, given):
         sides = [torch.tensor(side, requires_grad=i < 2) for i, side in enumerate(logps)]
         answer = watched.call(function, given, *(1 * side for side in sides), beta)
         first = answer[0] if isinstance(answer, (tuple, list)) else answer  # others return rewards, too
-        loss, more = number(first, "loss")
+        loss, more = scalar(first, "loss")
         got.append([loss.item()])
         if beta == 0.1 and len(got) == 1:
             found, notes = gradient(loss, *sides[:2]), more

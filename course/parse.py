@@ -116,7 +116,7 @@ def torn(piece):
             for first, end in zip(firsts, ends, strict=True)]
 
 
-def read(path):
+def read_solution(path):
     """-> Solution. Executes nothing. OSError, ValueError (UnicodeDecodeError is one) if the file can't be read."""
     solution = Solution([], {}, [])
     for piece in pieces(path):
@@ -198,9 +198,9 @@ def execute(solution, given, path):
             names = targets(node)
             if not names or any(name in given for name in names):
                 continue
-            if plain(node.value, namespace) or called(node.value) in bare_classes(solution):
+            if is_plain(node.value, namespace) or called(node.value) in bare_classes(solution):
                 with contextlib.suppress(Exception):  # a name in it that nothing has set: so is this one
-                    run(node, namespace, path)
+                    run_statement(node, namespace, path)
             else:
                 namespace |= {name: given[role] for name in names if (role := role_of(name, node.value)) in given}
     return namespace, notes
@@ -219,7 +219,7 @@ def bare_classes(solution):
             and not any(isinstance(part, ast.FunctionDef) for part in node.body)]
 
 
-def run(node, namespace, path):
+def run_statement(node, namespace, path):
     module = ast.fix_missing_locations(ast.Module([OnCPU().visit(node)], []))
     flags = __future__.annotations.compiler_flag  # a type that is not there must not keep a function from its test
     exec(compile(module, str(path), "exec", flags=flags, dont_inherit=True), namespace)
@@ -231,12 +231,13 @@ def define(node, namespace, notes, path):
     if isinstance(node, ast.ClassDef):  # its body is executed too, so keep only definitions and constants
         functions = [part for part in node.body if isinstance(part, ast.FunctionDef)]
         constants = [part for part in node.body if isinstance(part, (ast.Assign, ast.AnnAssign))
-                     and plain(part.value, namespace)]
+                     and is_plain(part.value, namespace)]
         node.body = [*constants, *functions] or [ast.Pass()]
     for function in functions:  # a default is executed with its definition, so it must be a constant, too
-        bare(function, lambda name, value: value if plain(value, namespace) else standing_for(name, value, namespace))
+        keep = lambda name, value: value if is_plain(value, namespace) else standing_for(name, value, namespace)  # noqa: E731
+        bare(function, keep)
     try:
-        run(node, namespace, path)
+        run_statement(node, namespace, path)
         lost = isinstance(namespace[node.name], MagicMock) and "its decorator is not there"
     except Exception as error:
         lost = f"{type(error).__name__}: {error}"
@@ -246,10 +247,10 @@ def define(node, namespace, notes, path):
         for function in functions:
             bare(function, lambda name, value: ast.Constant(None))
         with contextlib.suppress(Exception):
-            run(node, namespace, path)
+            run_statement(node, namespace, path)
 
 
-def plain(value, namespace):
+def is_plain(value, namespace):
     """True for a constant: nothing in it is called but what makes a list, a number and the like."""
     parts = [] if value is None else ast.walk(value)
     return all(isinstance(part, (*PLAIN, ast.keyword)) or harmless(part, namespace) for part in parts)

@@ -1,4 +1,4 @@
-"""Film reviews from a grammar: what the offline world of `make demo` is made of. Plain Python.
+"""Film reviews from a grammar: what the toy world of `make demo` is made of. Plain Python.
 
 A reviewer has a share of praise, and each judgement in the review is praise or complaint by a coin of that
 share. Everything else is an even choice. So the probability of a review is known, and with it what a perfect
@@ -97,14 +97,14 @@ GRAMMAR = {
 }
 
 
-def write(name, share, rng, tally):
+def expand(name, share, rng, tally):
     """A text for {name}; tally counts its judgements, "+" and "-", and the "nats" of its even choices."""
     if name not in GRAMMAR:
         sign = "+" if rng.random() < share else "-"
         tally[sign] += 1
         name += sign
     tally["nats"] += math.log(len(GRAMMAR[name]))
-    return re.sub(r"\{(.+?)\}", lambda slot: write(slot[1], share, rng, tally), rng.choice(GRAMMAR[name]))
+    return re.sub(r"\{(.+?)\}", lambda slot: expand(slot[1], share, rng, tally), rng.choice(GRAMMAR[name]))
 
 
 def capitals(text):
@@ -137,7 +137,7 @@ def write_reviews(count, rng, seen):
     while len(rows) < count:
         share = SHARES[len(rows) * len(SHARES) // count]
         tally = Counter()
-        text = capitals(write("review", share, rng, tally))
+        text = capitals(expand("review", share, rng, tally))
         if text not in seen:
             seen.add(text)
             rows.append({"text": text, "label": int(share > 0.5)})
@@ -151,9 +151,9 @@ def write_pairs(count, rng, seen):
     pleased, displeased = SHARES[half:], SHARES[:half]
     rows = []
     while len(rows) < count:
-        row = {"prompt": capitals(write("opening", 0.5, rng, Counter()))}
+        row = {"prompt": capitals(expand("opening", 0.5, rng, Counter()))}
         for column, shares in (("positive_completion", pleased), ("negative_completion", displeased)):
-            row[column] = " " + capitals(write("rest", rng.choice(shares), rng, Counter()))
+            row[column] = " " + capitals(expand("rest", rng.choice(shares), rng, Counter()))
         if tuple(row.values()) not in seen:
             seen.add(tuple(row.values()))
             rows.append(row)

@@ -1,4 +1,4 @@
-"""The offline world of `make demo`: film reviews from a grammar, and two small models trained on them.
+"""The toy world of `make demo`: film reviews from a grammar, and two small models trained on them.
 
 Writes the folders that the course gets from the model hub, in the same formats: policy/ (a GPT-2),
 reward_model/ (a DistilBERT), prompts/ (reviews and labels) and pairs/ (a positive and a negative completion of
@@ -7,7 +7,6 @@ a prompt). The other scripts run on it unchanged. Nothing here is needed to foll
     python -m demo.world --out build/toy
 """
 
-import argparse
 import math
 import os
 import random
@@ -20,15 +19,18 @@ from typing import NamedTuple
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tqdm import tqdm
 from transformers import (DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel,
                           PreTrainedTokenizerFast)
 
-from common import completion_logits, masked_sum, seeded, token_logps
+from common import completion_logits, decode, log_probs, masked_sum, seeded, token_logps
 from demo import grammar
-from reward import Scorer, positivity
-from support import files, runs
-from support.families import decode, encode
+from reward import positivity
+from support import command, files
+from support.encoding import encode
+from support.errors import UserError
+from support.loading import Scorer
+from support.progress import Bar
+from support.runs import lock
 
 POSITIONS = 128  # tokens that the models can read
 CUT = 30  # tokens: what the reward model reads in the demo, 10 of the prompt and 20 of the completion
@@ -111,14 +113,14 @@ def fit(model, batches, lr, desc):
     """Trains on a list of batches, the keywords of a forward with labels; the lr rises, then falls to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches))
-    loop = tqdm(batches, desc=desc, unit="step", dynamic_ncols=True)
-    for batch in loop:
+    bar = Bar(batches, desc, "step")
+    for batch in bar:
         loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        loop.set_postfix(loss=f"{loss.item():.3f}")
+        bar.show(loss=loss.item())
     return model.eval()
 
 
@@ -144,7 +146,7 @@ def perplexities(policy, tokenizer, texts, tallies, firsts):
         labels = padded(ids[start : start + 100])  # (B, T)
         tokens, mask = labels.clamp(min=0), labels != -100
         logits = completion_logits(policy, tokens, tokens.shape[1] - 1)  # (B, T-1, V)
-        policy_nats -= masked_sum(token_logps(logits, tokens[:, 1:]), mask[:, 1:]).sum().item()
+        policy_nats -= masked_sum(token_logps(log_probs(logits), tokens[:, 1:]), mask[:, 1:]).sum().item()
     for row, tally in zip(ids, tallies, strict=True):
         first = math.log(max(firsts[row[0]], 1) / firsts.total())
         grammar_nats -= grammar.log_probability(tally) - first
@@ -219,24 +221,25 @@ def make_world(folder, size=SIZE, seed=0):
 
 
 def main(argv=None):
-    flags = runs.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = command.bare_flags(__doc__)
     flags.add_argument("--out", required=True, type=Path, help="the world's folder, a new one (required)")
-    flags.add_argument("--seed", type=runs.number(int, 0), default=0, help="of texts and models (%(default)s)")
+    flags.add_argument("--seed", type=command.number(int, 0), default=0, help="of texts and models (%(default)s)")
     args = flags.parse_args(argv)
     if args.out.exists():
-        raise runs.UserError(f"--out {args.out} is there already; remove it (rm -r {args.out}) or give another folder")
+        raise UserError(f"--out {args.out} is there already; remove it (rm -r {args.out}) or give another folder")
     unfinished = args.out.with_name(args.out.name + ".unfinished")
     transformers.utils.logging.disable_progress_bar()  # a bar for each file of weights
+    transformers.utils.logging.set_verbosity_error()  # that no loss is named, when the usual one is meant
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        runs.lock(unfinished)
+        lock(unfinished)
         for path in unfinished.iterdir():  # of a world that was cut off
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         found = make_world(unfinished, seed=args.seed)
         files.write_whole(unfinished / "world.json", files.to_json(found, indent=2))
         os.replace(unfinished, args.out)  # a world is there whole or not at all
     except OSError as error:
-        raise runs.UserError(f"--out {args.out} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"--out {args.out} cannot be written: {error.strerror or error}") from None
     print(f"{args.out}, measured on {SIZE.test_reviews} reviews that are not in the training split:")
     print(f"policy: {found['policy_parameters']:,} parameters, perplexity {found['perplexity']:.3f} a token; "
           f"the grammar's own, the lowest possible: {found['grammars_perplexity']:.3f}")
@@ -246,4 +249,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    runs.launch(main)
+    command.launch(main)

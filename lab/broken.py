@@ -1,6 +1,6 @@
 """Training runs with something wrong in them, drawn beside the healthy one: to know a disease when you see it.
 
-    make broken     # makes the runs, in the demo's small world, then the figures and this table
+    make broken     # makes the runs, in the toy world, then the figures and this table
 
 The runs in `broken/` are named for what is wrong; alpha-0.1 and beta-0.1 beside it are the healthy ones. What a
 broken run says of itself may be wrong, too, so in `broken-measured/` its policy is evaluated again without the mistake.
@@ -13,11 +13,14 @@ import math
 import sys
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 import plot
-from report.tables import digits, load, table, with_error
-from support import runs
+from report.tables import digits, table, with_error
+from support.command import launch
+from support.errors import UserError
+from report.run_folders import load_runs
 
 HEALTHY = {"alpha": "alpha-0.1", "beta": "beta-0.1"}  # the flag that tells the methods apart -> the healthy run
 KL_FREE = "alpha-0"  # the demo has it already: no price for the KL
@@ -35,36 +38,37 @@ def coloured(healthy, broken):
         yield run, colour, LABELS.get(run.name, run.name.removeprefix("dpo-").replace("-", " "))
 
 
-def draw(axes, run, key, colour, label=None, style="-"):
-    plot.draw(axes, run, key, colour, label, faint=False, style=style)
+def broad_if_healthy(axes, run, key, colour, label=None, style="-"):
+    plot.curve(axes, run, key, colour, label, faint=False, style=style)
     if colour == GREY:
         axes.lines[-1].set(linewidth=6, alpha=0.6)
 
 
-def reinforce_figure(healthy, broken):
+def broken_reinforce(healthy, broken):
     """Reward, KL and the gradient's norm against the step."""
-    figure, panels = plot.plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
     for run, colour, label in coloured(healthy, broken):
         for axes, (key, name) in zip(panels, REINFORCE_PANELS, strict=True):
-            draw(axes, run, key, colour, label)
+            broad_if_healthy(axes, run, key, colour, label)
             axes.set(xlabel="step", ylabel=name)
     panels[0].set_ylim(0, 1)
     panels[1].set_yscale("symlog", linthresh=1)  # even from -1 to 1 nat, logarithmic outside
     panels[1].yaxis.set_major_formatter("{x:g}")
     panels[2].set_yscale("log")
     panels[2].yaxis.set_major_formatter("{x:g}")
-    legend(figure, panels[0])
     return figure
 
 
-def dpo_figure(healthy, broken, measured):
+def broken_dpo(healthy, broken, measured):
     """Loss, accuracy and log-ratios against the step, and what no log of DPO's has: the reward on the test prompts."""
-    figure, panels = plot.plt.subplots(1, 4, figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = figure.subplots(1, 4)
     for place, (run, colour, label) in enumerate(coloured(healthy, broken)):
-        draw(panels[0], run, "loss", colour, label)
-        draw(panels[1], run, "accuracy", colour)
+        broad_if_healthy(panels[0], run, "loss", colour, label)
+        broad_if_healthy(panels[1], run, "accuracy", colour)
         for key, style in LOGRATIOS:
-            draw(panels[2], run, key, colour, style=style)
+            broad_if_healthy(panels[2], run, key, colour, style=style)
         result = measured.get(run.name, run).result
         panels[3].errorbar(result["reward"], -place, xerr=2 * result["reward_se"], fmt="o", color=colour, capsize=3)
         panels[3].annotate(digits(result["reward"], 2), (result["reward"], -place), (0, 6), ha="center",
@@ -75,23 +79,19 @@ def dpo_figure(healthy, broken, measured):
     panels[2].set(xlabel="step", ylabel="log-prob less the original's, nats")
     panels[2].set_title("solid: chosen, dashed: rejected", fontsize=10)
     panels[3].set(xlabel="test reward, ± 2 standard errors", yticks=[], xlim=(0, 1), ylim=(0.6 - len(broken) - 1, 0.6))
-    legend(figure, panels[0])
     return figure
 
 
-def legend(figure, axes):
-    title = f"mean of up to {plot.WINDOW} steps"
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, title=title, fontsize=9)
-
-
 def save(figure, path):
-    """As a PNG of 128 colours, a quarter of the size."""
+    """With its legend, as a PNG of 128 colours, a quarter of the size."""
+    title, named = f"mean of up to {plot.WINDOW} steps", figure.axes[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=4, title=title, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
 
 
-def rows(found, measured):
+def run_rows(found, measured):
     """A row of the table for each run. Logged: the mean of the last steps, by the run itself."""
     for run in found:
         result = measured.get(run.name, run).result
@@ -105,18 +105,18 @@ def rows(found, measured):
 
 def main(folder="runs/toy"):
     folder = Path(folder)
-    healthy, broken = {run.name: run for run in load(folder)}, load(folder / "broken")
+    healthy, broken = {run.name: run for run in load_runs(folder)}, load_runs(folder / "broken")
     broken = [healthy[KL_FREE], *broken] if KL_FREE in healthy else broken
-    measured = {run.name: run for run in load(folder / "broken-measured") if run.result}
+    measured = {run.name: run for run in load_runs(folder / "broken-measured") if run.result}
     for flag, name in HEALTHY.items():
         own, some = healthy.get(name), [run for run in broken if flag in run.flags]
         if not own or not some or not all(run.result for run in (own, *some)):
-            raise runs.UserError(f"{folder} lacks {name}, or finished runs in broken/: make broken makes them")
-        figure = reinforce_figure(own, some) if flag == "alpha" else dpo_figure(own, some, measured)
+            raise UserError(f"{folder} lacks {name}, or finished runs in broken/: make broken makes them")
+        figure = broken_reinforce(own, some) if flag == "alpha" else broken_dpo(own, some, measured)
         save(figure, folder / f"broken-{FIGURES[flag]}.png")
-        print("\n".join(table(list(rows([own, *some], measured)))))
+        print("\n".join(table(list(run_rows([own, *some], measured)))))
     print(f"{folder}/broken-*.png are the figures")
 
 
 if __name__ == "__main__":
-    runs.launch(lambda: main(*sys.argv[1:]))
+    launch(lambda: main(*sys.argv[1:]))

@@ -13,10 +13,11 @@ import inspect
 import sys
 from typing import NamedTuple
 
-from support import runs
+from support.command import launch
+from support.errors import UserError
 
-MODULES = ("common", "support.fast", "reinforce", "reward", "dpo")  # where a function may stand, or be imported by name
 SCRIPTS = ("reward.py", "reinforce.py", "dpo.py")
+OURS = ("common", "reward", "reinforce", "dpo", "support", "demo", "test_losses", "tests")  # modules and rooms
 
 
 class Mistake(NamedTuple):
@@ -24,11 +25,12 @@ class Mistake(NamedTuple):
     where: str  # module.function
     old: str  # stands exactly once in the function's source
     new: str
-    test: str  # of test_losses.py
+    test: str  # of test_losses.py, or tests/FILE.py::NAME
     says: str  # what is wrong
 
 
-KL = "(logp.exp() * (logp - logq).masked_fill(logp == -torch.inf, 0.0)).sum(dim=-1)"
+CALL = "\n    return functional_call(model, centred_head(model), kwargs=inputs, tie_weights=False).logits"
+KL = "(logp.exp() * (logp - ref_logp).masked_fill_(logp == -torch.inf, 0.0)).sum(dim=-1)"
 ALIGNED = "test_completion_logits_stand_in_the_column_of_the_token_they_forecast"
 MASK = "test_completion_mask_keeps_the_first_eos_and_nothing_after_it"
 SUM = "test_masked_sum_never_reads_what_the_mask_hides"
@@ -43,12 +45,10 @@ MISTAKES = [Mistake(*fields) for fields in (
      '    inputs = {"input_ids": tokens[:, :-1]',
      'positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)\n    inputs = {"input_ids": tokens',
      ALIGNED, "token t is scored at column t, where the model has read it already"),
-    ("logits shifted instead of targets", "common.completion_logits", "logits_to_keep=length).logits",
-     "logits_to_keep=length).logits.roll(-2, dims=1)", ALIGNED,
+    ("logits shifted instead of targets", "common.completion_logits", CALL, CALL + ".roll(-2, dims=1)", ALIGNED,
      "logits[:, 1:] with tokens[:, :-1]: token t is scored at column t + 1 (at the end, where a row begins)"),
-    ("off by one at the prompt", "common.completion_logits", "logits_to_keep=length).logits",
-     "logits_to_keep=length + 1).logits[:, :-1]", ALIGNED,
-     "the completion's logits begin at column P - 2: each token is scored by the forecast of the one before"),
+    ("off by one at the prompt", "common.completion_logits", "length}" + CALL, "length + 1}" + CALL + "[:, :-1]",
+     ALIGNED, "the completion's logits begin at column P - 2: each token is scored by the forecast of the one before"),
     ("missing position ids", "common.completion_logits", '"position_ids": positions', '"position_ids": None',
      "test_pair_logps_are_those_of_the_completions_alone_however_they_are_padded",
      "the padding on the left is counted: a prompt's first token has another position in each batch"),
@@ -77,22 +77,22 @@ MISTAKES = [Mistake(*fields) for fields in (
      "test_reinforce_loss_sends_no_gradient_into_the_reward",
      "a differentiable reward would be trained to fit the samples (ours is a number: does nothing in a run)"),
     # ---- the KL
-    ("KL reversed", "reinforce.token_kl", KL, "(logq.exp() * (logq - logp)).sum(dim=-1)", KL_VALUE,
+    ("KL reversed", "common.token_kl", KL, "(ref_logp.exp() * (ref_logp - logp)).sum(dim=-1)", KL_VALUE,
      "KL(reference ‖ policy), as kl_div(policy, reference) gives it: its arguments are (q, p)"),
-    ("KL negated", "reinforce.token_kl", "(logp - logq)", "(logq - logp)", KL_VALUE,
+    ("KL negated", "common.token_kl", "(logp - ref_logp)", "(ref_logp - logp)", KL_VALUE,
      "the penalty is a bonus: the loss falls as the policy runs away"),
-    ("KL sampled and back-propagated", "support.fast.logps_and_kl", "kl.view(tokens.shape)",
-     "logps.view(tokens.shape) - "
-     "LogpsAndKL.apply(logits.flatten(0, 1) if flat_ref is None else flat_ref, tokens.reshape(-1, 1), None)[0]"
-     ".view(tokens.shape)", "test_logps_and_kl_have_the_gradients_written_on_paper",
+    ("KL sampled and back-propagated", "reinforce.train", "token_kl(logp, log_probs(ref_logits))",
+     "token_logps(logp, completions) - token_logps(log_probs(ref_logits), completions)",
+     "tests/test_mistakes.py::test_a_step_of_reinforce_has_the_gradient_of_the_reward_and_of_the_exact_kl",
      "log p - log q of the sampled token is right on average; its gradient is on average zero"),
-    ("KL without a gradient", "reinforce.token_kl", "logp.exp() *", "logp.exp().detach() *",
+    ("KL without a gradient", "common.token_kl", "logp.exp() *", "logp.exp().detach() *",
      "test_kl_gradient_is_that_of_the_policys_exact_kl",
      "p is detached: the logged KL is right, its gradient exactly zero, whatever alpha"),
-    ("batchmean over the wrong axis", "reinforce.token_kl", KL, KL + " / logits.shape[1]", KL_VALUE,
+    ("batchmean over the wrong axis", "common.token_kl", KL, KL + " / logp.shape[1]", KL_VALUE,
      "rows and tokens flattened before batchmean: a mean over N tokens, so alpha is N times too small"),
-    ("prompt positions in the KL", "common.completion_logits", "logits_to_keep=length).logits", ").logits[:, :length]",
-     ALIGNED, "the first N columns, not the last: KL (and log-probs) at forecasts of prompt tokens"),
+    ("prompt positions in the KL", "common.completion_logits", ', "logits_to_keep": length}' + CALL,
+     "}" + CALL + "[:, :length]", ALIGNED,
+     "the first N columns, not the last: KL (and log-probs) at forecasts of prompt tokens"),
     # ---- DPO
     ("chosen and rejected swapped", "dpo.collate",
      "[(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]",
@@ -107,7 +107,7 @@ MISTAKES = [Mistake(*fields) for fields in (
     ("log(sigmoid)", "dpo.dpo_loss", "F.logsigmoid(margins)", "margins.sigmoid().log()",
      "test_dpo_loss_is_finite_where_log_of_sigmoid_is_not", "infinite for a margin below -89"),
     # ---- sampling and arithmetic
-    ("dropout on", "common.completion_logits", "model(**inputs", "model.train()(**inputs", ALIGNED,
+    ("dropout on", "common.completion_logits", "functional_call(model,", "functional_call(model.train(),", ALIGNED,
      "log-probs of another network each time (the demo's models have no dropout: does nothing there)"),
     ("top-k left on", "common.draw", "cumulative = logits",
      "logits = logits.masked_fill(logits < logits.topk(min(50, logits.shape[-1]))[0][:, -1:], -torch.inf)\n"
@@ -115,18 +115,18 @@ MISTAKES = [Mistake(*fields) for fields in (
      "generate()'s k = 50: samples of another distribution than the one that is scored"),
     ("greedy", "common.draw", "drawn.clamp(max=logits.shape[-1] - 1)", "logits.argmax(dim=-1)", DRAW,
      "generate() without do_sample: always the likeliest word, so nothing is explored"),
-    ("softmax in bf16", "common.token_logps", "logits.float()", "logits",
-     "test_token_logps_takes_the_softmax_of_bf16_logits_in_fp32",
-     "8 bits for numbers around -10, errors add up over the tokens (in a run: with --precision bf16)"),
-    ("the ragged last batch", "support.fast.parts", "(part.stop - first) / rows", "1 / -(-rows // size)",
-     "test_parts_cover_the_rows_and_their_shares_are_exact",
-     "the mean of the parts' means: rows of a short last part count more (in a run: with --micro-batch)"),
+    ("softmax in bf16", "common.log_probs", ", dtype=torch.float32", "",
+     "test_log_probs_of_bf16_logits_are_taken_in_fp32",
+     "8 bits for numbers around -10, errors add up (in a run: --precision bf16; on CUDA its autocast mends it)"),
+    ("the ragged last batch", "support.ranks.micro_batches", "(stop - first) / rows",
+     "1 / -(-rows // (size or rows))", "test_means_of_micro_batches_add_up_to_the_mean_of_all_rows",
+     "the mean of the parts' means: rows of a short last part count more (in a run: dpo.py with --micro-batch)"),
 )]
 
 
 def replace(right, wrong):
-    """Puts one function in another's place in every module that has it, imported by name too."""
-    for module in map(importlib.import_module, MODULES):
+    """Puts one function in another's place in every module of ours that has it, imported by name too."""
+    for module in [module for name, module in sys.modules.items() if name.split(".")[0] in OURS]:
         for name, value in list(vars(module).items()):
             if value is right:
                 setattr(module, name, wrong)
@@ -146,35 +146,24 @@ def put_in(mistake):
     return right, wrong
 
 
-def plain_logps_and_kl(logits, tokens, ref_logits=None):
-    """support.fast.logps_and_kl made of the plain functions, for runs with a mistake in one of them."""
-    import common
-    import reinforce
-
-    logps = common.token_logps(logits, tokens)
-    return logps, logps.new_zeros(logps.shape) if ref_logits is None else reinforce.token_kl(logits, ref_logits)
-
-
 def main(name="--help", script="", *flags):
     if name in ("-h", "--help"):
         return print("\n".join([__doc__, *(f"{one.name} ({one.where})\n    {one.says}\n    caught by {one.test}"
                                           for one in MISTAKES)]))
     mistake = next((one for one in MISTAKES if one.name.replace(" ", "-") == name.replace(" ", "-")), None)
     if not mistake:
-        raise runs.UserError(f"there is no mistake {name!r}; python -m lab.mistakes lists them")
+        raise UserError(f"there is no mistake {name!r}; python -m lab.mistakes lists them")
     if script not in SCRIPTS:
-        raise runs.UserError(f"after the mistake comes one of {', '.join(SCRIPTS)} with its flags, not {script!r}")
-    home, own = mistake.where.split(".")[0], script.removesuffix(".py")
-    plain = mistake.where in ("common.token_logps", "reinforce.token_kl")  # the scripts call fast.logps_and_kl for both
-    if f"{home}.py" in SCRIPTS and home != own and not plain:
-        raise runs.UserError(f"{mistake.name!r} would change nothing: {script} does not call {mistake.where}")
+        raise UserError(f"after the mistake comes one of {', '.join(SCRIPTS)} with its flags, not {script!r}")
+    own = importlib.import_module(script.removesuffix(".py"))
+    module, function = mistake.where.rsplit(".", 1)
+    if module != "common" and getattr(own, function, None) is not getattr(importlib.import_module(module), function):
+        raise UserError(f"{mistake.name!r} would change nothing: {script} does not call {mistake.where}")
     put_in(mistake)
-    if plain:
-        replace(importlib.import_module("support.fast").logps_and_kl, plain_logps_and_kl)
     print(f"with a mistake in it, {mistake.name!r}, in {mistake.where}: {mistake.says}")
     sys.argv = [script, *flags]  # errors and --help are the script's own
-    importlib.import_module(own).main()
+    own.main()
 
 
 if __name__ == "__main__":
-    runs.launch(lambda: main(*sys.argv[1:]))
+    launch(lambda: main(*sys.argv[1:]))

@@ -1,13 +1,12 @@
 """Does a test fail for every small change of the mathematics? Mutation testing, with mutmut.
 
 mutmut makes mutants of the functions below, each with one small change (another operator, a number plus 1, an
-argument left out), and runs the tests of test_losses.py that reach it. A mutant is killed when a test fails or does
-not end. One that no test can tell from the original stands in equivalents.txt, with the reason. The exit status is 1
-if another one survives, or if that file is out of date. Left out on purpose: the training loops, which other tests
-watch, and the text of messages with values in them, which mutmut leaves alone.
+argument left out), and runs the tests that reach it, of test_losses.py and of what else pyproject.toml names. A mutant
+is killed when a test fails or does not end. One that no test can tell from the original stands in equivalents.txt, with
+the reason. The exit status is 1 if another one survives, or if that file is out of date. Left out on purpose: the
+training loops, which other tests watch, and the text of messages with values in them, which mutmut leaves alone.
 
-    python mutate.py                        # all functions: make mutants
-    python mutate.py dpo.dpo_loss           # some of them
+    python -m lab.mutants                       # all functions: make mutants; or some, as in lab.mutants dpo.dpo_loss
 """
 
 import argparse
@@ -25,45 +24,53 @@ from mutmut.stats import status_by_exit_code
 from tqdm import tqdm
 
 FUNCTIONS = [f"{module}.{name}" for module, names in {
-    "common": ("token_logps", "completion_mask", "masked_sum", "completion_logits", "sample", "draw"),
-    "reinforce": ("reinforce_loss", "token_kl", "leave_one_out"),
-    "dpo": ("dpo_loss", "split_completions", "make_pair", "collate", "pair_logps", "widths", "accuracy"),
-    "support.fast": ("LogpsAndKL.pieces", "LogpsAndKL.forward", "LogpsAndKL.gradient", "logps_and_kl", "parts"),
+    "common": ("log_probs", "token_logps", "token_kl", "completion_mask", "masked_sum", "completion_logits",
+               "centred_head", "sample", "draw", "update"),
+    "reinforce": ("reinforce_loss", "leave_one_out"),
+    "dpo": ("dpo_loss", "make_pair", "collate", "pair_logps", "accuracy", "batch_means"),
+    "support.ranks": ("rank_slice", "micro_batches"),
+    "support.loading": ("split_completions", "widths"),
 }.items() for name in names]
 EQUIVALENTS = Path(__file__).with_name("equivalents.txt")
+LINE = "{:33} {:>7} {:>8} {:>11} {:>9}"
 
 
 def key(function):
-    """The beginning of mutmut's names for a function's mutants: common.x_draw, fast.xǁLogpsAndKLǁpieces."""
-    module, *names = function.split(".")
-    return f"{module}.x_{names[0]}__mutmut_" if len(names) == 1 else f"{module}.xǁ{'ǁ'.join(names)}__mutmut_"
+    """The beginning of mutmut's names for a function's mutants: common.x_draw__mutmut_."""
+    return "{}.x_{}__mutmut_".format(*function.rsplit(".", 1))
+
+
+def source(function):
+    return function.rpartition(".")[0].replace(".", "/") + ".py"
 
 
 def results(function):
     """-> dict of mutmut's name of a mutant: "killed", "survived", "not checked" and the like."""
-    data = SourceFileMutationData(path=function.split(".")[0] + ".py")
+    data = SourceFileMutationData(path=source(function))
     data.load()
-    codes = data.exit_code_by_key.items()
-    return {name: status_by_exit_code[code] for name, code in codes if name.startswith(key(function))}
+    found = {name: code for name, code in data.exit_code_by_key.items() if name.startswith(key(function))}
+    return {name: status_by_exit_code[code] for name, code in found.items()}
 
 
-def change(name, function):
+def changed_text(name, function):
     """A mutant by what it changes, which stays the same when other lines do: function, old and new text."""
-    diff = get_diff_for_mutant(name, path=function.split(".")[0] + ".py").splitlines()[2:]
+    diff = get_diff_for_mutant(name, path=source(function)).splitlines()[2:]
     old, new = (" ".join(line[1:].strip() for line in diff if line.startswith(sign)) for sign in "-+")
     return function, old, new
 
 
 def read_equivalents(path):
-    """-> Counter of changes. The file: blocks of four lines, function, - old text, + new text, the reason."""
-    blocks = [block.splitlines() for block in path.read_text().strip().split("\n\n") if not block.startswith("#")]
-    for block in blocks:
-        if len(block) != 4 or block[0] not in FUNCTIONS or (block[1][:2], block[2][:2]) != ("- ", "+ "):
-            sys.exit("\n".join([f"{path}: cannot read the block", *block]))
-    return Counter((function, old[2:], new[2:]) for function, old, new, _ in blocks)
+    """-> Counter of changes. The file: blocks of lines, function, - old text, + new text (once or more), the reason."""
+    found = Counter()
+    for block in path.read_text().strip().split("\n\n")[1:]:
+        function, old, *news, _ = block.splitlines()
+        if function not in FUNCTIONS or old[:2] != "- " or not news or any(new[:2] != "+ " for new in news):
+            sys.exit(f"{path}: cannot read the block\n{block}")
+        found.update((function, old[2:], new[2:]) for new in news)
+    return found
 
 
-def run(functions, children):
+def run_mutmut(functions, children):
     """Runs mutmut from nothing: what it keeps from an earlier run does not see that a test has changed."""
     shutil.rmtree("mutants", ignore_errors=True)
     command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(children)]
@@ -77,7 +84,8 @@ def run(functions, children):
         if bar is not None and (done := re.search(r" (\d+)/\d+ ", line)):
             bar.update(int(done[1]) - bar.n)
     if process.wait() != 0:
-        sys.exit("".join(output[-50:]) + "mutmut failed")
+        said = [line for line in output if not "\u2800" < line < "\u2900"]  # without the spinner's
+        sys.exit("".join(said[-50:]) + "mutmut failed; do the tests that pyproject.toml names for it pass?")
     bar.close()
 
 
@@ -87,23 +95,23 @@ def main():
     flags.add_argument("--children", type=int, default=os.cpu_count(), help="mutants at a time (one a core)")
     args = flags.parse_args()
     equivalents = read_equivalents(EQUIVALENTS)
-    run(args.functions, args.children)
+    run_mutmut(args.functions, args.children)
 
     total, survivors = Counter(), []
-    print(f"{'':28} mutants   killed  equivalent  survived")
+    print(LINE.format("", "mutants", "killed", "equivalent", "survived"))
     for function in args.functions:
         found = results(function)
         if not found:
             sys.exit(f"{function} has no mutants: mutmut passes decorated functions by, and misspelt ones")
-        alive = Counter(change(name, function) for name, status in found.items() if status not in ("killed", "timeout"))
+        survived = [name for name, status in found.items() if status not in ("killed", "timeout")]
+        alive = Counter(changed_text(name, function) for name in survived)
         argued = sum((alive & equivalents).values())
         survivors += sorted((alive - equivalents).elements())
-        row = {"mutants": len(found), "killed": len(found) - alive.total(), "equivalent": argued}
-        row["survived"] = alive.total() - argued
-        total.update(row)
+        counted = len(found), len(found) - alive.total(), argued, alive.total() - argued
+        total.update(dict(enumerate(counted)))
         equivalents -= alive
-        print(f"{function:28} {row['mutants']:7} {row['killed']:8} {row['equivalent']:11} {row['survived']:9}")
-    print(f"{'total':28} {total['mutants']:7} {total['killed']:8} {total['equivalent']:11} {total['survived']:9}")
+        print(LINE.format(function, *counted))
+    print(LINE.format("total", *(total[column] for column in range(4))))
     stale = [listed for listed in equivalents.elements() if listed[0] in args.functions]
     for title, changes in (("survived", survivors), (f"in {EQUIVALENTS}, but killed or not a mutant", stale)):
         for function, old, new in changes:

@@ -1,7 +1,7 @@
-"""Numbers that the report makes from completions: how varied and how natural a text is, and the best possible trade.
+"""What completions say of a policy: how varied and how natural its text is, and the best possible trade.
 
-Everything from rows of completions.jsonl and from an array of rewards (n, k): k completions, sampled from the
-original policy, of each of n prompts. numpy only. What each number says: README, "The report".
+Everything from rows of completions.jsonl and from an array of rewards (prompts, k): k completions, sampled from the
+original policy, of each prompt. numpy only. What each number says: docs/report.md.
 """
 
 import math
@@ -9,19 +9,11 @@ from collections import Counter
 
 import numpy as np
 
-DISTINCT_TEXTS = 500  # distinct-n and repeats fall with the number of texts, so the first so many are counted
-ENOUGH = 8  # effective samples, mean over the prompts, below which no limit is drawn (README, "How good is that?")
+ENOUGH = 8  # effective samples, mean over the prompts; with fewer the best completions are too rare to be among them
 MIDDLE = (0.025, 0.975)  # quantiles of the original's own texts: what is called natural
 
 
 # ---- text --------------------------------------------------------------------------------------------------
-
-
-def distinct(texts, n):
-    """List of str -> different n-grams of words / n-grams, over all texts (distinct-n); None if there is none."""
-    words = [text.split() for text in texts]
-    grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else None
 
 
 def repeated(texts):
@@ -104,11 +96,6 @@ def limit(rewards):
 def counts(k):
     """1, 2, 4 .. up to k: the n of best-of-n."""
     return [2**i for i in range(k.bit_length())]
-
-
-def mean_and_error(values):
-    """(n,) -> mean, its standard error."""
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
 def between(x, xs, ys):

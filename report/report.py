@@ -1,32 +1,30 @@
 """The report: what the assignment wants plotted, tabulated and quoted, from the runs in a folder.
 
-    python -m report.report runs/course                        # results.md and the figures, beside the runs
-    python -m report.report runs/course --readme README.md     # and puts its tables and figures where README has them
+    python -m report.report runs/course     # results.md and the figures, beside the runs
 
-A run that is not finished is drawn as far as it is. What is missing is said, and which command makes it.
-"The student's" numbers are those of a report on the same assignment, for comparison; they are theirs.
+What is missing is said, and which command makes it. "The student's" numbers are those of a report on the same
+assignment, for comparison; they are theirs. Loads no torch.
 """
 
-import argparse
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 import plot
+from report.tables import (beside, brief, digits, generations, inline, made_with, make_command, side_by_side, spread,
+                           table, what_lacks, with_error)
 from report import measures
-from report.tables import (ORDER, beside, brief, digits, inline, load, made_with, make_command, samples, side_by_side,
-                           spread, table, unfinished, with_error)
-from support import files, runs
+from report.run_folders import comparable, load_runs, require_runs, sample_rewards
+from support.command import bare_flags, launch
+from support.files import write_whole
+from support.statistics import DISTINCT_TEXTS, distinct, mean_and_error
 
 MOSTLY = 0.8  # share of natural completions from which on a run's text is called mostly natural
 STUDENT_LOSSES = {0.1: "0.6521", 0.25: "0.6207", 0.4: "0.6044"}  # test loss by beta, lr 5e-7
 BASELINE = ("the untouched policy", "baseline")  # what can be missing, and the target of make for it
 REINFORCE = ("a finished run with alpha 0", "reinforce")
 DPO = ("a finished DPO run", "dpo")
-DPI = 150  # of the figures
-FIGURES = ("reinforce.png", "dpo.png", "dpo-margins.png", "frontier.png")
 SETTINGS = ("advantage", "lr", "batch_size", "epochs", "limit", "eval_limit", "prompt_len", "completion_len", "max_len",
             "seed")
 SPREADS = (("reward", "test reward", 3), ("kl", "KL, nats", 2), ("distinct_2", "distinct-2", 3),
@@ -34,7 +32,7 @@ SPREADS = (("reward", "test reward", 3), ("kl", "KL, nats", 2), ("distinct_2", "
 MEASURES = f"""
 reward: mean P(positive) of n test prompts, ± its standard error over the prompts. KL: to the original policy, nats
 per completion. distinct-1, distinct-2: different words and word pairs over all, and repeated: share of the completions
-that are there more than once; all three in the first {measures.DISTINCT_TEXTS} completions. log-prob a token: the
+that are there more than once; all three in the first {DISTINCT_TEXTS} completions. log-prob a token: the
 original policy's, of this policy's text. natural: share of the completions whose log-prob a token lies where the
 middle 95 % of the original's own lie; from {MOSTLY} up the text is called mostly natural.
 """
@@ -48,44 +46,36 @@ nats), KL (what it cost) and reward (what it is for).
 class Report:
     """All runs of a folder, by what was done. A method gives the lines of one section."""
 
-    def __init__(self, found, folder=None):
+    def __init__(self, found, folder):
         self.found, self.finished = found, [run for run in found if run.result]
         self.make = make_command(found, folder)
-        of = {method: [run for run in self.finished if run.method == method] for method in ORDER}
-        self.baseline = next(iter(of["untouched"]), None)
+        self.compared = comparable(found)
+        self.baseline = next((run for run in self.compared if run.method == "untouched"), None)
         self.originals = self.baseline.completions if self.baseline else []
-        self.reinforce = of["REINFORCE"] + of["REINFORCE, leave-one-out"]
+        self.reinforce = [run for run in self.compared if "alpha" in run.flags]
         self.alpha_0 = next((run for run in self.reinforce if run.flags["alpha"] == 0), None)
-        self.dpo = of["DPO"]
-        self.compared = [run for run in self.finished if run.method != "samples of the original"]
-        self.rewards = None  # (prompts, k) of the original policy's samples
-        for run in sorted(of["samples of the original"], key=lambda run: run.k):
-            prompts = {}
-            for row in run.completions:
-                prompts.setdefault(row["number"], []).append(row["reward"])
-            whole = [rewards for rewards in prompts.values() if len(rewards) == run.k]
-            self.rewards = np.array(whole) if whole else self.rewards  # the last has the most samples a prompt
+        self.dpo = [run for run in self.compared if "beta" in run.flags]
+        self.rewards = sample_rewards(found)
 
     def lacking(self, what, target):
         """A line on what is not there, and the command that makes it. make demo makes all of its runs at once."""
-        own = "" if self.make.startswith("make demo") and target != "sweep" else " " + target
-        return ["", f"*Not here: {what}. `{self.make}{own}` makes it.*", ""]
+        return ["", f"*Not here: {what}. `{self.make(target)}` makes it.*", ""]
 
-    def natural(self, run):
+    def naturalness(self, run):
         return measures.natural(run.completions, self.originals) if run.completions and self.originals else None
 
-    def row(self, run, **more):
+    def measured(self, run, **more):
         """A run's row in a table: results, and measures of its text."""
         row = brief(run, **more) | {"n": f"{run.result['n']:,}"}
         if run.completions:
-            texts = [line["completion"] for line in run.completions[:: run.k][: measures.DISTINCT_TEXTS]]
-            row |= {f"distinct-{n}": digits(measures.distinct(texts, n), 3) for n in (1, 2)}
+            texts = [line["completion"] for line in run.completions[:: run.k][:DISTINCT_TEXTS]]
+            row |= {f"distinct-{n}": digits(distinct(texts, n), 3) for n in (1, 2)}
             row |= {"repeated": digits(measures.repeated(texts), 3)}
             row |= {"log-prob a token": digits(measures.logp_a_token(run.completions), 2)}
-        return row | {"natural": digits(self.natural(run), 2)}
+        return row | {"natural": digits(self.naturalness(run), 2)}
 
     def all_runs(self):
-        rows = [self.row(run, method=run.method) for run in self.compared]
+        rows = [self.measured(run, method=run.method) for run in self.compared]
         return ["## All runs", *(table(rows, "runs") if rows else ["", "None is finished."]), MEASURES]
 
     def q_1(self):
@@ -96,7 +86,7 @@ class Report:
             own = [(self.baseline, with_error(self.baseline.result, "reward", 4))]
             yield from beside("test reward", own, student="0.6231")
         yield "## Q1.2: five generations of the untouched policy"
-        yield from samples(self.baseline) if self.baseline else self.lacking(*BASELINE)
+        yield from generations(self.baseline) if self.baseline else self.lacking(*BASELINE)
 
     def q_2(self):
         yield "## Q2.1: REINFORCE, reward over time and on the test set"
@@ -105,7 +95,7 @@ class Report:
         own = [(run, with_error(run.result, "reward", 4)) for run in self.reinforce if run.flags["alpha"] == 0]
         yield from beside("test reward", own, "at least 0.75", "0.7939") if own else self.lacking(*REINFORCE)
         yield "## Q2.2: five generations after REINFORCE"
-        yield from samples(self.alpha_0) if self.alpha_0 else self.lacking(*REINFORCE)
+        yield from generations(self.alpha_0) if self.alpha_0 else self.lacking(*REINFORCE)
 
     def q_3_1(self):
         yield "## Q3.1: KL over time without the penalty"
@@ -128,9 +118,9 @@ class Report:
         for run in self.reinforce:
             alpha = run.flags["alpha"]
             paid = digits(run.result["reward"] - alpha * run.result["kl"], 3)
-            rows.append(self.row(run, alpha=f"{alpha:g}") | {"reward - alpha KL": paid})
+            rows.append(self.measured(run, alpha=f"{alpha:g}") | {"reward - alpha KL": paid})
         yield from table(rows, "alphas")
-        judged = [(run, self.natural(run)) for run in self.reinforce]
+        judged = [(run, self.naturalness(run)) for run in self.reinforce]
         judged = [(run, natural) for run, natural in judged if natural is not None]
         if not judged:
             return (yield from self.lacking("completions of the untouched policy, to tell natural text by", "baseline"))
@@ -150,7 +140,7 @@ class Report:
         yield "(The student's alphas belong to a KL of another unit.)\n"
         for regime, _, _, some in regimes:
             if some:
-                yield from [f"**{regime}**", *samples(some[0])]
+                yield from [f"**{regime}**", *generations(some[0])]
 
     def q_4(self):
         yield "## Q4.1: DPO, loss over time and on the test set"
@@ -165,7 +155,7 @@ class Report:
             yield from self.lacking(*DPO)
         for lr in sorted({run.flags["lr"] for run in self.dpo}):  # one each, of the course's beta if it is there
             some = [run for run in self.dpo if run.flags["lr"] == lr]
-            yield from samples(min(some, key=lambda run: abs(run.flags["beta"] - 0.1)))
+            yield from generations(min(some, key=lambda run: abs(run.flags["beta"] - 0.1)))
 
     def q_4_4(self):
         yield "## Q4.4: three betas"
@@ -198,7 +188,7 @@ class Report:
         yield f"\nBest of n samples of the original policy ({prompts} prompts, {k} samples each):\n"
         rows = []
         for n in measures.counts(k):
-            reward = "{:.3f} ± {:.3f}".format(*measures.mean_and_error(measures.best_of(self.rewards, n)))
+            reward = "{:.3f} ± {:.3f}".format(*mean_and_error(measures.best_of(self.rewards, n)))
             rows.append({"n": str(n), "reward": reward, "KL at most, nats": digits(measures.best_of_kl(n), 2)})
         yield from table(rows, "best-of-n")
         points = measures.limit(self.rewards)
@@ -206,7 +196,7 @@ class Report:
         if not points:
             return (yield f"The limit, pi\\* = ref exp(r / alpha) / Z, is not drawn: for no alpha {enough}.\n")
         alpha, _, kl = points[-1]
-        reward = "{:.3f} ± {:.3f}".format(*measures.mean_and_error(measures.tilted(self.rewards, alpha)[0]))
+        reward = "{:.3f} ± {:.3f}".format(*mean_and_error(measures.tilted(self.rewards, alpha)[0]))
         yield (f"The limit, pi\\* = ref exp(r / alpha) / Z, is estimated from the same samples for alpha from "
                f"{points[0][0]:g} down to {alpha:.2g}, where it has reward {reward} at {kl:.2f} nats: so far {enough}. "
                "Beyond, what it is made of has not been sampled, and the estimate is worthless. How far each run is "
@@ -249,93 +239,46 @@ def best_beta(lr, some):
     if len(some) < 2:
         return []
     best, *others = sorted(some, key=lambda run: -run.result["reward"])
-    ties = ", ".join(f"`{run.name}`" for run in others if not better(best, run))
+    ties = ", ".join(f"`{run.name}`" for run in others if not clearly_better(best, run))
     tie = f" (not told apart from {ties}: within two standard errors, prompt by prompt)" if ties else ""
     lowest = min(some, key=lambda run: run.result["test_loss"])
     return [f"At lr {lr:g} the highest reward is that of `{best.name}`{tie}; the lowest test loss, that of "
             f"`{lowest.name}`, does not choose between betas.\n"]
 
 
-def better(run, other):
+def clearly_better(run, other):
     """True if the run's reward is above the other's by two standard errors of the difference, prompt by prompt."""
     own, others = ({(row["number"], row.get("prompt")): row["reward"] for row in one.completions}
                    for one in (run, other))
     if own.keys() == others.keys() and len(own) > 1 and run.k == other.k == 1:
-        mean, error = measures.mean_and_error(np.array([own[prompt] - others[prompt] for prompt in own]))
+        mean, error = mean_and_error(np.array([own[prompt] - others[prompt] for prompt in own]))
     else:  # other prompts: as if independent
         mean = run.result["reward"] - other.result["reward"]
         error = sum((one.result["reward_se"] or 0) ** 2 for one in (run, other)) ** 0.5
     return mean > 2 * error
 
 
-# ---- files -------------------------------------------------------------------------------------------------
-
-
-def figures(report):
-    """Yields the name of each figure that there is something for, and the figure."""
-    reinforced = [run for run in report.found if "alpha" in run.flags and run.metrics]
-    preferred = [run for run in report.found if "beta" in run.flags and run.metrics]
-    if reinforced:
-        yield "reinforce.png", plot.reinforce_figure(reinforced)
-    if preferred:
-        yield "dpo.png", plot.dpo_figure(preferred)
-        yield "dpo-margins.png", plot.dpo_margins_figure(preferred)
-    if any(run.method != "untouched" for run in report.compared):
-        yield "frontier.png", plot.frontier_figure(report.compared, report.rewards)
-
-
-def fill_in(readme, folder, results):
-    """Puts tables of results.md where README has `<!-- TABLE of FOLDER -->`, and copies the figures that it shows."""
-    tables = dict(re.findall(r"<!-- (\S+) -->\n(.*?)<!-- end -->", results, re.DOTALL))
-    text, folder_name = readme.read_text(encoding="utf-8"), re.escape(folder.name)
-
-    def newest(place):
-        if place[2] not in tables:
-            raise runs.UserError(f"{readme} has a place for a table {place[2]}, which {folder}/results.md has not")
-        return f"{place[1]}\n\n{tables[place[2]]}\n<!-- end -->"
-
-    shown = re.findall(rf"\(figures/{folder_name}-(\S+?\.png)\)", text)
-    for name in shown:
-        if not (folder / name).exists():
-            raise runs.UserError(f"{readme} shows a figure {name}, for which {folder} has no runs")
-    text = re.sub(rf"(<!-- (\S+) of {folder_name} -->)\n.*?<!-- end -->", newest, text, flags=re.DOTALL)
-    files.write_whole(readme, text)
-    for name in shown:
-        shutil.copyfile(folder / name, readme.parent / "figures" / f"{folder.name}-{name}")
-
-
 def main(argv=None):
-    flags = runs.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = bare_flags(__doc__)
     flags.add_argument("folder", type=Path, help="the folder that holds the runs")
     flags.add_argument("--expect", nargs="*", default=[], metavar="RUN", help="said to be missing if it is")
-    flags.add_argument("--readme", type=Path, help="a Markdown file to put the tables into")
     args = flags.parse_args(argv)
-    if not args.folder.is_dir():
-        raise runs.UserError(f"there is no folder {args.folder}; give the one that holds the runs, as in make report "
-                             "RUNS=runs/toy for the demo's")
-    report = Report(load(args.folder), args.folder)
-    if not report.found:
-        raise runs.UserError(f"{args.folder} has no run: no folder in it holds a run's config.json")
-    others = [run for folder in sorted(args.folder.glob("seed-*")) for run in load(folder)]
-    for name in FIGURES:
-        (args.folder / name).unlink(missing_ok=True)  # of runs that are gone
-    for name, figure in figures(report):
-        figure.savefig(args.folder / name, dpi=DPI)
-        plot.plt.close(figure)
-    overview = [*report.all_runs(), *unfinished(report.found, args.expect, report.make, args.folder)]
+    found = require_runs(args.folder)
+    plot.save_figures(found, args.folder)
+    report = Report(found, args.folder)
+    others = [run for folder in sorted(args.folder.glob("seed-*")) for run in load_runs(folder)]
+    overview = [*report.all_runs(), *what_lacks(found, args.expect, report.make)]
     lines = [f"# Results of {inline(args.folder.name)}\n", *overview]
     for section in (report.q_1(), report.q_2(), report.q_3_1(), report.q_3_2(), report.q_4(), report.q_4_4(),
                     report.frontier(), report.seeds(others)):
         lines += ["", *section]
     lines += ["## The same prompts, continued by every policy", *side_by_side(report.compared), *report.settings()]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
-    files.write_whole(args.folder / "results.md", text)
+    write_whole(args.folder / "results.md", text)
     shown = [line for line in overview if not line.startswith("<!--")]
     print("\n".join([*shown, *side_by_side(report.compared, prompts=1)]))
     print(f"{args.folder / 'results.md'} has all of it, with the figures beside it")
-    if args.readme:
-        fill_in(args.readme, args.folder, text)
 
 
 if __name__ == "__main__":
-    runs.launch(main)
+    launch(main)

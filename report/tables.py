@@ -1,72 +1,11 @@
-"""Run folders read back, and the lines of Markdown that report.py makes of them. Plain Python, loads no torch."""
+"""The lines of Markdown that report.py makes of runs: numbers, tables, what is missing, texts. Loads no torch."""
 
-import contextlib
-import functools
-import json
 import re
-import sys
 import textwrap
 from pathlib import Path
 
-from support import files, runs
+from support.command import COURSE
 from support.files import plain
-
-RESULTS = ("reward", "reward_se", "kl", "kl_se", "n", "samples")  # what an eval.json must have; DPO's more
-TESTED = ("test_loss", "test_accuracy", "test_margin")
-COMPLETION = {"number", "completion", "reward", "reference_logp", "length"}
-ORDER = ("untouched", "REINFORCE", "REINFORCE, leave-one-out", "DPO", "evaluated", "samples of the original")
-
-
-class Run:
-    """A run's folder as it was read: name, flags, metrics, and once finished result (eval.json) and completions."""
-
-    def __init__(self, folder):
-        self.folder, self.name = folder, folder.name
-        self.about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.flags = self.about["flags"]
-        self.k = self.flags.get("samples_per_prompt", 1)
-        self.metrics = files.read_rows(folder / "metrics.jsonl")
-        self.result = None
-        with contextlib.suppress(FileNotFoundError):
-            self.result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-            wanted = (*RESULTS, *TESTED) if "beta" in self.flags else RESULTS
-            [self.result[key] for key in wanted]  # a KeyError here, not in the middle of a table
-
-    @functools.cached_property
-    def completions(self):
-        return [row for row in files.read_rows(self.folder / "completions.jsonl") if set(row) >= COMPLETION]
-
-    @property
-    def method(self):
-        """What was done, in words."""
-        if "beta" in self.flags:
-            return "DPO"
-        if "alpha" in self.flags:
-            return "REINFORCE, leave-one-out" if self.flags["advantage"] == "loo" else "REINFORCE"
-        if self.flags["policy"] != (self.flags["reference"] or runs.COURSE["policy"]):
-            return "evaluated"
-        return "untouched" if self.k == 1 else "samples of the original"
-
-    @property
-    def place(self):
-        """Where it stands in a table: by method, DPO then by learning rate, then by alpha or beta."""
-        lr = self.flags["lr"] if self.method == "DPO" else 0
-        return ORDER.index(self.method), lr, self.flags.get("alpha", self.flags.get("beta", 0)), self.name
-
-
-def load(folder):
-    """-> list of Run, in the course's order; a folder that is no run's is left out, aloud if it has a config.json."""
-    found = []
-    for path in folder.glob("*/config.json"):
-        try:
-            run = Run(path.parent)
-            found.append((run.place, run))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
-            reason = f"{type(problem).__name__}: {problem}"
-            print(f"{path.parent} is left out: not a run's files, or broken ({reason}). A broken run is made again "
-                  "after its folder has been removed", file=sys.stderr)
-    return [run for _, run in sorted(found, key=lambda item: item[0])]
-
 
 # ---- numbers -----------------------------------------------------------------------------------------------
 
@@ -101,22 +40,28 @@ def table(rows, name=None):
 
 
 def make_command(found, folder):
-    """How make is called for more runs like those in this folder: make demo if they are of the demo's world."""
+    """-> make(target), the command for more runs like those in this folder; make(name, one=True): for one run."""
     policies = {Path(run.flags["policy"]) for run in found if run.method != "evaluated"}
     toy = any((path.parent / "world.json").exists() or path == Path("build/toy/policy") for path in policies)
-    command = "make demo" if toy else "make"
-    if folder != Path("runs/toy" if toy else "runs/course"):
-        command += f" RUNS={folder}"
+    settings = "" if folder == Path("runs/toy" if toy else "runs/course") else f" RUNS={folder}"
 
     def shared(key, usual):
         values = {run.flags[key] for run in found if key in run.flags and run.k == 1}
         return values.pop() if len(values) == 1 and values != {usual} else None
 
-    inputs = {} if toy else {key.upper(): shared(key, usual) for key, usual in runs.COURSE.items()}
-    command += "".join(f" {name}={value}" for name, value in inputs.items() if value)
+    inputs = {} if toy else {key.upper(): shared(key, usual) for key, usual in COURSE.items()}
+    settings += "".join(f" {name}={value}" for name, value in inputs.items() if value)
     more = {key: shared(key, usual) for key, usual in (("limit", None), ("eval_limit", None), ("seed", 0))}
     more = [f"--{key.replace('_', '-')} {value}" for key, value in more.items() if value is not None]
-    return command + (f' FLAGS="{" ".join(more)}"' if more else "")
+    settings += f' FLAGS="{" ".join(more)}"' if more else ""
+
+    def make(target, one=False):
+        goal = f"{folder}/{target}/eval.json" if one else target
+        if toy:
+            goal = f"demo MORE={target}" if one else f"demo-{target}"
+        return f"make {goal}{settings}"
+
+    return make
 
 
 def brief(run, **more):
@@ -132,7 +77,7 @@ def beside(name, own, target="", student=""):
     return table([*rows, *({"": f"here, `{run.name}`", name: value} for run, value in own)])
 
 
-def unfinished(found, expected, make, folder):
+def what_lacks(found, expected, make):
     """What is not there, or not finished: a line each, and how to make it."""
     names = [run.name for run in found]
     missing = ", ".join(f"`{name}`" for name in dict.fromkeys(expected) if name not in names)
@@ -143,7 +88,7 @@ def unfinished(found, expected, make, folder):
         lines += [f"`{run.name}` has no {file}: remove its folder to have it made again" for file in lacks]
     lines += [f"not here: {missing}"] if missing else []
     if missing or not all(run.result for run in found):
-        lines += [f"to make one of these: `{make} {folder}/NAME/eval.json`; all of the sweep: `{make} sweep`"]
+        lines += [f"to make one of these: `{make('NAME', one=True)}`; all of the sweep: `{make('sweep')}`"]
     return [f"- {line}" for line in lines]
 
 
@@ -176,7 +121,7 @@ def block(found, width=116):
     return [*lines, ""]
 
 
-def samples(run):
+def generations(run):
     """The completions of the first few test prompts by one run."""
     found = [(digits(sample["reward"], 2), f"{plain(sample['prompt'])} [...] {plain(sample['completion'])}")
              for sample in run.result["samples"]]

@@ -3,107 +3,22 @@
 A checkpoint holds all that the rest of a run depends on: weights, the optimizer's averages, the sampling generator's
 state, the number of steps done, and how long metrics.jsonl and samples.jsonl were. The order of the data follows from
 the seed, so it is made again. Only tensors and plain values are in it, and it is read with weights_only=True: a
-checkpoint cannot run code. How the training loops use it: Progress.
+checkpoint cannot run code. How the training loops use it: progress.Progress.
 """
 
-import contextlib
 import os
-import signal
 import sys
 import zipfile
 
 import torch
-from tqdm import tqdm
 
+from support.errors import UserError, out_of_memory
 from support.files import flush, plain
-from support.ranks import anyone
-from support.runs import UserError, out_of_memory, rank
 
 NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 
 
-class Progress:
-    """The steps of a training run, and the checkpoints between them.
-
-    parts: what a checkpoint has to hold, by name: a model, an optimizer, a torch.Generator, or tensors as they are
-    (in lists and dicts). If the run goes on from a checkpoint (run.saved), the first three get their state back here.
-    step: the number of steps done.
-    """
-
-    def __init__(self, run, **parts):
-        self.run, self.parts = run, parts
-        self.step = run.saved.get("step", 0)
-        self.end = 0  # the last step of the epoch that the loop is in
-        for name, part in parts.items() if self.step else ():
-            if isinstance(part, torch.Generator):
-                part.set_state(run.saved["parts"][name])
-            elif hasattr(part, "load_state_dict"):
-                part.load_state_dict(run.saved["parts"][name])
-        run.saved = {}  # a gigabyte for DistilGPT2
-
-    def steps(self, batches, desc):
-        """Yields (step, batch) of an epoch's batches, those after the checkpoint only, under a progress bar.
-
-        When the loop comes back for the next one the step is done: every --save-every steps and at the epoch's end a
-        checkpoint is written. So it is after Ctrl-C or SIGTERM, before KeyboardInterrupt is raised.
-        """
-        begin, self.end = self.end, self.end + len(batches)
-        done = min(max(self.step - begin, 0), len(batches))
-        self.bar = tqdm(batches[done:], desc, len(batches), initial=done, unit="step", dynamic_ncols=True,
-                        disable=done == len(batches))
-        with stop_signals() as stop:
-            for batch in self.bar:
-                self.step += 1
-                yield self.step, batch
-                stopping = anyone(max(stop, default=0))  # a signal may reach the ranks in different steps
-                if stopping or self.step == self.end or self.step % self.run.args.save_every == 0:
-                    self.save()
-                if stopping:
-                    raise KeyboardInterrupt(stopping)
-            if stop:  # at the very end; the checkpoint is there
-                raise KeyboardInterrupt(*stop)
-
-    def show(self, **values):
-        """Beside the progress bar."""
-        with contextlib.suppress(OSError):  # as when the terminal is gone
-            self.bar.set_postfix(values)
-
-    def save(self):
-        self.run.checkpoint(step=self.step, parts={name: state(part) for name, part in self.parts.items()})
-
-
-def state(part):
-    """What a checkpoint holds of a model, an optimizer, a Generator; anything else is its own state."""
-    if isinstance(part, torch.Generator):
-        return part.get_state()
-    return part.state_dict() if hasattr(part, "state_dict") else part
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Within it the first Ctrl-C or SIGTERM only fills the list that this yields; a second one acts as before."""
-    noted, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number, frame):
-        noted.append(number)
-        restore()
-        with contextlib.suppress(OSError):  # os.write, since print is not safe within a handler
-            rank() or os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        restore()
-
-
-def write(folder, content):
+def save_checkpoint(folder, content):
     """A kill at any moment leaves a whole checkpoint; afterwards there is the one before, too."""
     unfinished = folder / (NEWEST + ".unfinished")
     (folder / BEFORE).unlink(missing_ok=True)  # never three of them: each has three times the model's size
@@ -130,7 +45,7 @@ def newest(folder):
     there = [folder / name for name in (NEWEST, BEFORE) if (folder / name).exists()]
     for path in there:
         try:
-            return path, read(path)
+            return path, load_checkpoint(path)
         except Exception as problem:  # whatever it is: half a file, changed bytes, something else altogether
             if isinstance(problem, OSError) or out_of_memory(problem):
                 raise  # this says nothing about the checkpoint
@@ -139,7 +54,7 @@ def newest(folder):
     return (there or [None])[0], {}
 
 
-def read(path):
+def load_checkpoint(path):
     """-> its content; an exception if it is not as it was written, or the logs beside it have become shorter."""
     with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
         if changed := archive.testzip():

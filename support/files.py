@@ -11,6 +11,8 @@ import unicodedata
 import zlib
 from pathlib import Path
 
+HOME = Path(__file__).resolve().parent.parent
+
 
 def to_json(value, **options):
     return json.dumps(value, ensure_ascii=False, allow_nan=False, **options)  # nan is no JSON
@@ -63,16 +65,15 @@ def hardware(device):
     """The processor's or GPU's name, and how many threads PyTorch uses: sums depend on both in their last digits."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return torch.cuda.get_device_name() if device == "cuda" else f"{name}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+    return f"{known.get('cpu_name') or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def commit():
     """The commit that this code is at, with -dirty if it was changed since; None where git can't tell."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "-C", str(HOME), "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError):
         found = subprocess.run(command, capture_output=True, text=True)
         return found.stdout.strip() or None

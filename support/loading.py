@@ -5,9 +5,18 @@ import json
 import logging
 import os
 import re
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from support.runs import UserError
+import huggingface_hub
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from support.encoding import encode, encode_after, first_tokens, opening
+from support.errors import UserError
+from support.families import check_forecasts, end_token, fit_padding, head_name, most_words, positions
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # no writer types them
 
@@ -15,9 +24,6 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # no writer types them
 @contextlib.contextmanager
 def loading(flag, name, kind):
     """Around a library's loading call: checks a local path first; whatever goes wrong becomes one line."""
-    import huggingface_hub  # here, so that importing this file stays cheap
-    import transformers
-
     folder = Path(name).is_dir()
     if not folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{flag} {name}: there is no such folder")
@@ -49,6 +55,193 @@ def loading(flag, name, kind):
         logging.disable(logging.NOTSET)
 
 
+# ---- models ------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(flag, name):
+    """The tokenizer of a model, by hub name or local folder."""
+    with loading(flag, name, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what the library returns where it finds none
+        raise UserError(f"{flag} {name} has no tokenizer: put its files beside the model's (save_pretrained)")
+    return tokenizer
+
+
+def load_model(auto_class, kind, flag, name, device):
+    """A model in eval mode, so without dropout, with fp32 weights whatever the checkpoint's are."""
+    with loading(flag, name, kind):
+        config = AutoConfig.from_pretrained(name)
+        if getattr(config, "activation_function", None) == "gelu_new":  # GPT-2's
+            config.activation_function = "gelu_pytorch_tanh"  # the same function, one operation instead of eight
+        attention = "eager" if device.type == "cpu" else None  # for rows this short faster than the fused one
+        options = {"config": config, "dtype": torch.float32, "attn_implementation": attention}
+        model, info = auto_class.from_pretrained(name, **options, output_loading_info=True)
+    if info["missing_keys"]:  # the library would fill them with random numbers
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"{flag} {name} is not {kind}: its checkpoint has no {missing}")
+    return model.eval().to(device)
+
+
+def load_policy(args, device):
+    """--policy -> (language model, tokenizer); model.config has one eos_token_id and a vocab_size."""
+    flag, name = "--policy", args.policy
+    model = load_model(AutoModelForCausalLM, "a language model", flag, name, device)
+    tokenizer = load_tokenizer(flag, name)
+    eos = model.config.eos_token_id = end_token(model, tokenizer)
+    if eos is None:
+        raise UserError(f"{flag} {name}: neither config.json nor the tokenizer names an end token (eos_token_id)")
+    model.config.vocab_size = model.config.get_text_config().vocab_size  # which a model that reads images hides
+    most, has = most_words(tokenizer, eos), model.get_input_embeddings().num_embeddings
+    if most > has:
+        raise UserError(f"{flag} {name}: its tokenizer has {most} words, the model only {has}")
+    with loading(flag, name, "a policy that keeps keys and values and reads padded rows"):
+        check_forecasts(model)
+    model.head_name = head_name(model)
+    check_length(model, args.prompt_len + args.completion_len, "--prompt-len + --completion-len", tokenizer)
+    return model, tokenizer
+
+
+def load_reference(name, policy):
+    """The original model, without gradients, for a policy of the same vocabulary."""
+    model = load_model(AutoModelForCausalLM, "a language model", "--reference", name, policy.device)
+    words = model.config.get_text_config().vocab_size
+    if words != policy.config.vocab_size:
+        sizes = f"{words} words, the policy {policy.config.vocab_size}"
+        raise UserError(f"--reference {name} has a vocabulary of {sizes}: there is no KL between them")
+    model.head_name = head_name(model)
+    return model.requires_grad_(False)
+
+
+def check_length(model, length, flags, tokenizer=None):
+    """UserError if the model has fewer positions than the flags ask for, and the tokenizer writes before a text."""
+    own, longest = len(opening(tokenizer)) if tokenizer else 0, positions(model)
+    if longest and length + own > longest:
+        more = f" and {own} that the tokenizer adds" * bool(own)
+        raise UserError(f"{flags} = {length} tokens{more}, but the policy has {longest} positions")
+
+
+class Scorer(NamedTuple):
+    model: torch.nn.Module
+    tokenizer: object  # cuts what is too long for the model
+    positive: int  # the positive label's index
+
+
+def load_scorer(args, device):
+    """--reward-model, a sentiment classifier -> Scorer."""
+    flag, name = "--reward-model", args.reward_model
+    model = load_model(AutoModelForSequenceClassification, "a classifier", flag, name, device)
+    try:
+        positive = positive_index(model.config.id2label, args.positive_label)
+    except ValueError as error:
+        raise UserError(f"{flag} {name}: {error}; name one with --positive-label") from None
+    tokenizer = load_tokenizer(flag, name)
+    with loading(flag, name, "a classifier"):
+        fit_padding(model, tokenizer)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions(model) or 512)
+    return Scorer(model, tokenizer, positive)
+
+
+def positive_index(id2label, wanted=None):
+    """{index: label name} -> index of the label `wanted`, else of the positive one; ValueError if unclear.
+
+    A single label must be the positive one, too, or the one wanted: its logit says how likely that is.
+    """
+    names = {index: str(label).casefold() for index, label in id2label.items()}
+    accepted = [wanted.casefold()] if wanted else ["positive", "pos"]
+    if not wanted and sorted(names.values()) in (["label_0"], ["label_0", "label_1"]):
+        accepted = [f"label_{len(names) - 1}"]  # the course's model, and those with a single logit
+    found = [index for index, name in names.items() if name in accepted]
+    if len(found) != 1:
+        labels = ", ".join(map(str, id2label.values()))
+        raise ValueError(f"cannot tell which of the labels {labels} is {wanted or 'positive'}")
+    return found[0]
+
+
+# ---- data --------------------------------------------------------------------------------------------------
+
+
+def load_prompts(args, split, tokenizer, order):
+    """-> (n, P) LongTensor: the first --prompt-len tokens of a split's reviews, shuffled by the Generator `order`.
+
+    Before them stands what the tokenizer writes before any text: a bos, or nothing, as for GPT-2. n is at most --limit,
+    or --eval-limit. The data set is sorted by label: without the shuffle the first n would all be negative.
+    Shorter reviews are left out and counted: prompts never need padding.
+    """
+    name, length, limit = args.prompts, args.prompt_len, args.limit if split == "train" else args.eval_limit
+    (texts,) = load_columns("--prompts", name, split, ["text"])
+    shuffled = [texts[row] for row in torch.randperm(len(texts), generator=order)]
+    prompts = [ids for ids in first_tokens(tokenizer, shuffled, length) if len(ids) == length]
+    if not prompts:
+        raise UserError(f"--prompts {name}: no {split} review has {length} tokens; lower --prompt-len")
+    short, prompts = len(texts) - len(prompts), prompts[:limit]
+    print(f"{split} prompts: {len(prompts)} of {len(texts)} reviews; {short} have fewer than {length} tokens")
+    return torch.tensor([opening(tokenizer) + ids for ids in prompts])
+
+
+def load_pairs(args, tokenizer, order, make_pair):
+    """--pairs -> {"train": list, "test": list} of what make_pair makes of the ids of prompt, chosen and rejected;
+    --limit of them, shuffled by the torch.Generator `order`, and the first --eval-limit.
+
+    Prompt and completion are encoded apart: a token of the joined text could straddle their border, and no
+    mask could then tell one from the other. Rows of which make_pair makes None are left out, and counted.
+    """
+    columns = ("prompt", "positive_completion", "negative_completion")
+    train, test = (load_columns("--pairs", args.pairs, split, columns) for split in ("train", "test"))
+    prompts, chosen, rejected = (train[column] + test[column] for column in range(3))
+    chosen, rejected, layout = split_completions(prompts, chosen, rejected)
+    print(f"pairs: {layout}")
+    first = opening(tokenizer)  # a bos, or nothing
+    prompts = [ids and first + ids for ids in encode(tokenizer, prompts)]
+    pairs = list(map(make_pair, prompts, encode_after(tokenizer, chosen), encode_after(tokenizer, rejected)))
+    splits = {"train": pairs[: len(train[0])], "test": pairs[len(train[0]) :]}
+    for split, rows in splits.items():
+        splits[split] = [pair for pair in rows if pair]
+        why = "an empty text, another layout, or no room under --max-len"
+        print(f"{split} pairs: {len(splits[split])} of {len(rows)}; {rows.count(None)} left out ({why})")
+        if not splits[split]:
+            raise UserError(f"--pairs {args.pairs}: no {split} pair is left: each has {why}")
+    subset = torch.randperm(len(splits["train"]), generator=order)[: args.limit]
+    return {"train": [splits["train"][row] for row in subset], "test": splits["test"][: args.eval_limit]}
+
+
+def widths(pairs):
+    """List of n Pairs -> (n,): the columns that each pair's completions need, the longer one's tokens."""
+    return torch.tensor([max(len(pair.chosen), len(pair.rejected)) for pair in pairs])
+
+
+def like_lengths(lengths, batch_size, order, window=50):
+    """(n,) -> list of LongTensors: batches of rows in random order, those of a batch of like length.
+
+    All rows are shuffled by the Generator `order`; each `window` batches' worth of them is then sorted by
+    length and cut into batches, and the batches are shuffled. So a batch holds little padding, and the long
+    rows come at no particular time.
+    """
+    batches = []
+    for rows in torch.randperm(len(lengths), generator=order).split(window * batch_size):
+        batches += rows[lengths[rows].argsort(stable=True)].split(batch_size)
+    return [batches[index] for index in torch.randperm(len(batches), generator=order)]
+
+
+def split_completions(prompts, chosen, rejected):
+    """Three lists of str -> chosen, rejected, now just what follows the prompt, and a sentence on the layout.
+
+    Two layouts, decided once for all rows. Completions that repeat the prompt lose it ("" where a row does
+    not follow). Others continue it as they stand, or after a space if the data set never writes one itself.
+    """
+    rows = list(zip(prompts, chosen, rejected, strict=True))
+    repeats = [c.startswith(p) and r.startswith(p) for p, c, r in rows]
+    if sum(repeats) > len(rows) / 2:
+        texts = [(c[len(p) :], r[len(p) :]) if repeats[row] else ("", "") for row, (p, c, r) in enumerate(rows)]
+        layout = "completions repeat their prompt, which is taken off"
+    elif any(p[-1:].isspace() or c[:1].isspace() or r[:1].isspace() for p, c, r in rows):
+        texts = [(c, r) for _, c, r in rows]
+        layout = "completions continue their prompt as they stand"
+    else:
+        texts = [(c and " " + c, r and " " + r) for _, c, r in rows]
+        layout = "no text has a space where prompt and completion meet, so one is put in"
+    return [c for c, _ in texts], [r for _, r in texts], layout
+
+
 def load_columns(flag, name, split, columns):
     """The named text columns of a data set's split (hub name or local folder): lists of str.
 
@@ -57,6 +250,8 @@ def load_columns(flag, name, split, columns):
     """
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     with loading(flag, name, "a data set"):
         splits = datasets.load_dataset(name)
     if split not in splits:

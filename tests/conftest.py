@@ -1,4 +1,4 @@
-"""No network for the tests, and the small world that whole runs are tested in."""
+"""No network for the tests, and the toy world, smaller still, that whole runs are tested in."""
 
 import json
 import os

@@ -3,11 +3,13 @@
 Children are forked from a process that has loaded the scripts already, so that a run takes less than a second.
 """
 
+import argparse
 import importlib
 import json
 import multiprocessing
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ import demo.world
 import dpo
 import reinforce
 import reward
-from support import files, runs
+from support import command, files
 
 SCRIPTS = {"reward": reward, "reinforce": reinforce, "dpo": dpo}
 TINY = demo.world.Size(reviews=80, test_reviews=20, pairs=20, test_pairs=7, policy_width=32, classifier_width=32,
@@ -50,6 +52,13 @@ def flags(world, script, out, *more, **replaced):
     return [str(part) for item in given.items() for part in item] + [str(part) for part in more]
 
 
+def arguments(**values):
+    """What the loading functions read of the command line: its defaults, and these values in their place."""
+    given = vars(command.training_flags("", batch_size=1, lr=1, epochs=1).parse_args(["--out", "nowhere"]))
+    return argparse.Namespace(**given | {name: str(value) if isinstance(value, Path) else value
+                                         for name, value in values.items()})
+
+
 def call(script, *argv):
     SCRIPTS[script].main(list(map(str, argv)))
 
@@ -63,13 +72,13 @@ rows_of = files.read_rows
 
 
 def without_times(rows):
-    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")} for row in rows]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 def refusal(script, *argv, capsys):
     """Runs a script as its last line does -> what it said on stderr. It must have stopped with a non-zero code."""
     with pytest.raises(SystemExit) as stopped:
-        runs.launch(lambda: call(script, *argv))
+        command.launch(lambda: call(script, *argv))
     assert stopped.value.code in (1, 2)
     said = capsys.readouterr().err
     assert "Traceback" not in said
@@ -99,7 +108,7 @@ def run_in_child(script, argv, log, hook=None, environment=()):
     sys.argv = [f"{script}.py"]
     if hook:
         hook[0](*hook[1:])
-    runs.launch(lambda: importlib.import_module(script).main(argv))
+    command.launch(lambda: importlib.import_module(script).main(argv))
 
 
 def start(script, argv, folder, hook=None):

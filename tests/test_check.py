@@ -21,7 +21,7 @@ def judge(tmp_path, text, *names):
     path = tmp_path / "A3.py"
     path.write_text(text)
     torch.manual_seed(0)
-    here = lambda name: child.judged(parse.read(path), name, path) if name in names else {}  # noqa: E731
+    here = lambda name: child.judged(parse.read_solution(path), name, path) if name in names else {}  # noqa: E731
     found, _ = check.check(path, judge=here)
     return [found[name] for name in names]
 
@@ -68,7 +68,7 @@ def test_what_the_assignment_leaves_open_is_not_called_wrong(tmp_path, note, fun
 
 
 def confusion():
-    """-> lines of README's table: each mistake, where it was put in, what the check called it (the tests above)."""
+    """-> lines of docs/check.md's table: each mistake, where it was put in, how it was named (the tests above)."""
     yield "| mistake | put into | named |"
     yield "| --- | --- | --- |"
     for name in dict.fromkeys(name for name, *_ in (*MISTAKES, *SIGNS)):
@@ -81,9 +81,9 @@ def confusion():
         yield f"| (left open) {note} | `{function}` | right, with this note |"
 
 
-def test_the_readmes_confusion_table_is_that_of_these_tests():
-    readme = (parse.HERE / "README.md").read_text()
-    (table,) = re.findall(r"<!-- confusion -->\n\n(.*?)\n\n<!-- end -->", readme, re.S)
+def test_the_documented_confusion_table_is_that_of_these_tests():
+    page = (parse.HERE / "docs" / "check.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- confusion -->\n\n(.*?)\n\n<!-- end -->", page, re.S)
     assert table.splitlines() == list(confusion())
 
 
@@ -155,7 +155,7 @@ def test_no_two_mistakes_give_the_same_numbers(axes, predict, inputs):
 
 def read(folder, text, name="A3.py"):
     (folder / name).write_text(text)
-    return parse.read(folder / name)
+    return parse.read_solution(folder / name)
 
 
 def notebook(*cells):

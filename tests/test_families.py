@@ -4,6 +4,7 @@ What differs: end and pad tokens, a bos, spaces that a tokenizer writes by itsel
 the model has, positions, the number of a classifier's logits.
 """
 
+import functools
 import json
 import math
 import random
@@ -23,8 +24,9 @@ import demo.world
 import dpo
 import reward
 from demo import grammar
-from support import families, fast
-from tests.helpers import call, change, flags, labelled, pair, rows_of, save_classifier
+from support import encoding, families, loading
+from support.errors import UserError
+from tests.helpers import arguments, call, change, flags, labelled, pair, rows_of, save_classifier
 
 CPU = torch.device("cpu")
 KINDS = ("gpt2", "llama", "gpt_neox")
@@ -33,6 +35,9 @@ ENDINGS = [" is a joy.", " is", "is", ".", ", not a bore", "!", "(no)", "apple",
 REVIEWS = [row["text"] for row in grammar.write_reviews(40, random.Random(0), set())[0]]
 
 PHRASE = "joy to see it in"
+# Logits of these models are below 64 in size, where fp32 has steps of 2^-18, and some ten roundings of that size lie on
+# the way to them: so much may a token's log-prob be off.
+ROUNDED = 10 * 2**-18
 
 # ---- tokenizers --------------------------------------------------------------------------------------------
 
@@ -105,19 +110,42 @@ ODD = ["  two", "\nline", "\n\n", " ", "  ", "é ü 🎬", "\t", "<s> a", "</s>"
 
 @any_tokenizer
 def test_prompt_and_completion_spell_their_texts_and_nothing_more(tokenizer):
-    (prompt,) = families.encode(tokenizer, ["The film"])
+    (prompt,) = encoding.encode(tokenizer, ["The film"])
     texts = ENDINGS + ODD * (tokenizer is not TOKENIZERS["unigram"])  # which cannot write those at all
-    found = families.encode_after(tokenizer, texts)
-    assert families.decode(tokenizer, [prompt + ids for ids in found]) == ["The film" + text for text in texts]
-    assert [families.decode_after(tokenizer, torch.tensor([ids])) for ids in found] == [[text] for text in texts]
+    found = encoding.encode_after(tokenizer, texts)
+    assert common.decode(tokenizer, [prompt + ids for ids in found]) == ["The film" + text for text in texts]
     assert not {tokenizer.eos_token_id, tokenizer.bos_token_id} & {i for ids in found for i in ids}
+
+
+@any_tokenizer
+def test_a_completion_keeps_the_space_before_its_first_word(tokenizer):
+    """Which a tokenizer of Llama's kind takes off where that word is the first of a text."""
+    (start,) = encoding.encode(tokenizer, ["The film"])
+    for end in (" is", "is"):
+        (ids,) = encoding.encode_after(tokenizer, [end])
+        found = reward.texts_of(tokenizer, torch.tensor([encoding.opening(tokenizer) + start + ids]), len(ids))
+        assert found == (["The film"], [end], [f"The film{end}"])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox", "old llama"])
+def test_a_character_that_the_prompts_end_cuts_in_two_stands_in_the_completion(kind, cut):
+    """Four tokens, one for each of its bytes; the last `cut` of them are sampled, or others that make no character."""
+    tokenizer = TOKENIZERS[kind]
+    ((*start, a, b, c, d),) = encoding.encode(tokenizer, ["The film 🎬"])
+    (end,) = encoding.encode_after(tokenizer, [" is"])
+    tokens = torch.tensor([[*start, a, b, c, d, *end]])
+    assert reward.texts_of(tokenizer, tokens, cut + len(end)) == (["The film "], ["🎬 is"], ["The film 🎬 is"])
+    tokens = torch.tensor([[*start, *(a, b, c, d)[:-cut], *end]])
+    ((prompt,), (completion,), (text,)) = reward.texts_of(tokenizer, tokens, len(end))
+    assert (prompt, completion.lstrip("\ufffd")) == ("The film ", " is") and prompt + completion == text
 
 
 @pytest.mark.parametrize("kind", BYTEWISE)
 def test_byte_level_tokenizers_encode_a_completion_as_they_encode_any_text(kind):
     tokenizer, texts = TOKENIZERS[kind], ENDINGS + ODD
-    assert families.encode_after(tokenizer, texts) == families.encode(tokenizer, texts)
-    assert families.anchors(tokenizer) == []
+    assert encoding.encode_after(tokenizer, texts) == encoding.encode(tokenizer, texts)
+    assert encoding.anchors(tokenizer) == []
 
 
 def test_a_completion_is_encoded_as_it_would_be_inside_a_text():
@@ -125,32 +153,32 @@ def test_a_completion_is_encoded_as_it_would_be_inside_a_text():
     tokenizer = TOKENIZERS["llama"]
     word = max((token for token in tokenizer.get_vocab() if token[0] == "▁" and token[1:].isalpha()), key=len)
     texts = [" " + word[1:], ".", "\n.", "\n\n"]
-    found = [tokenizer.convert_ids_to_tokens(ids) for ids in families.encode_after(tokenizer, texts)]
+    found = [tokenizer.convert_ids_to_tokens(ids) for ids in encoding.encode_after(tokenizer, texts)]
     assert found == [[word], ["."], ["<0x0A>", "."], ["<0x0A>", "<0x0A>"]] and len(word) > 4
 
 
 def test_the_opening_is_what_the_tokenizer_writes_before_a_text_and_not_what_it_writes_after_it():
-    assert [families.opening(TOKENIZERS[kind]) for kind in KINDS] == [[], [1], []]
+    assert [encoding.opening(TOKENIZERS[kind]) for kind in KINDS] == [[], [1], []]
     other = llama_tokenizer()
     ends = [("<s>", 1), ("</s>", 2)]
     for template, ids in (("</s> $A", [2]), ("$A </s>", []), ("</s> <s> $A </s>", [2, 1])):
         other.backend_tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=ends)
-        assert families.opening(other) == ids
+        assert encoding.opening(other) == ids
 
 
 @any_tokenizer
 def test_the_first_tokens_are_those_of_the_whole_text_though_tokens_may_span_words(tokenizer):
     texts = [f"{PHRASE} one", *(" ".join(REVIEWS[first : first + 4]) for first in range(30))]
-    whole = families.encode(tokenizer, texts)
+    whole = encoding.encode(tokenizer, texts)
     for length in (1, 2, 10):
-        assert families.first_tokens(tokenizer, texts, length) == [ids[:length] for ids in whole]
-    assert (families.decode(tokenizer, [whole[0][:1]]) == [PHRASE]) == (tokenizer is TOKENIZERS["old llama"])
+        assert encoding.first_tokens(tokenizer, texts, length) == [ids[:length] for ids in whole]
+    assert (common.decode(tokenizer, [whole[0][:1]]) == [PHRASE]) == (tokenizer is TOKENIZERS["old llama"])
 
 
 # ---- policies ----------------------------------------------------------------------------------------------
 
 
-def new_policy(kind):
+def random_policy(kind):
     """-> model, tokenizer: random, with forecasts far from uniform."""
     tokenizer = TOKENIZERS[kind]
     words, eos = len(tokenizer), tokenizer.eos_token_id
@@ -185,7 +213,7 @@ def home(tmp_path_factory):
     """A folder with a policy of each kind, and prompts, pairs and a classifier for all of them."""
     folder = tmp_path_factory.mktemp("families")
     for kind in KINDS:
-        model, tokenizer = new_policy(kind)
+        model, tokenizer = random_policy(kind)
         demo.world.save_model(folder / kind, model.bfloat16() if kind == "llama" else model, tokenizer)
     save_classifier(folder / "reward_model", REVIEWS, ["NEGATIVE", "POSITIVE"])
     demo.world.save_rows(folder / "prompts", train=labelled(REVIEWS[:24]), test=labelled(REVIEWS[24:]))
@@ -196,7 +224,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(home):
     """kind -> model, tokenizer: as the scripts load them."""
-    return {kind: common.load_policy(str(home / kind), CPU) for kind in KINDS}
+    return {kind: loading.load_policy(arguments(policy=home / kind), CPU) for kind in KINDS}
 
 
 def log_softmax_of(model, ids):
@@ -216,16 +244,17 @@ def test_a_loaded_policy_has_fp32_weights_and_one_end_token(loaded, kind):
 def test_a_pairs_log_probs_are_the_same_alone_batched_and_padded(loaded, kind):
     model, tokenizer = loaded[kind]
     texts = [("The film", " is"), (REVIEWS[0][:80], "."), ("A", " bore, and not a joy to see.")]
-    ids = [families.encode(tokenizer, [prompt]) + families.encode_after(tokenizer, [end]) for prompt, end in texts]
+    ids = [encoding.encode(tokenizer, [prompt]) + encoding.encode_after(tokenizer, [end]) for prompt, end in texts]
     pairs = [dpo.make_pair(prompt, end, end[:1], model.config.eos_token_id, 90) for prompt, end in ids]
-    together = torch.stack(dpo.pair_logps(model, pairs), dim=1)  # (3, 2)
+    together = torch.stack(dpo.pair_logps(model, pairs), dim=1)  # (3, 2), of up to 20 tokens
+    assert max(len(side) for one in pairs for side in one[1:]) <= 20
     for one, found in zip(pairs, together, strict=True):
         alone = torch.stack(dpo.pair_logps(model, [one]), dim=1)[0]
-        torch.testing.assert_close(alone, found, atol=1e-3, rtol=0)
+        torch.testing.assert_close(alone, found, atol=20 * ROUNDED, rtol=0)
         for completion, logp in zip((one.chosen, one.rejected), found, strict=True):
             every = log_softmax_of(model, one.prompt + completion)
             own = every[range(len(one.prompt) - 1, len(every) - 1), completion]
-            assert own.sum().item() == pytest.approx(logp.item(), abs=1e-3)
+            assert own.sum().item() == pytest.approx(logp.item(), abs=20 * ROUNDED)
 
 
 @any_kind
@@ -236,17 +265,19 @@ def test_what_is_sampled_is_what_a_full_forward_forecasts(loaded, kind, monkeypa
     """
     model, words = loaded[kind][0], loaded[kind][0].config.vocab_size
     prompts = torch.randint(3, words, (1000, 4), generator=common.seeded(0, "prompts"))
-    often = common.sample(model, prompts, 3, common.seeded(0, "often"))[:, 4:].flatten().bincount().argmax().item()
+    uniform = torch.rand(1000, 6, generator=common.seeded(0, "sampling"))
+    often = common.sample(model, prompts, uniform[:, :3])[:, 4:].flatten().bincount().argmax().item()
     monkeypatch.setattr(model.config, "eos_token_id", often)
-    forecasts = torch.zeros(1000, 6, words)
-    tokens = common.sample(model, prompts, 6, common.seeded(0, "sampling"), forecasts)
+    tokens, logits = common.sample(model, prompts, uniform, keep_logits=True)
     mask = common.completion_mask(tokens[:, 4:], often)
-    assert 20 < mask.all(dim=1).logical_not().sum() < 1000
+    assert 20 < mask.all(dim=1).logical_not().sum() < 1000 and not logits[~mask].any()
     with torch.no_grad():
-        logps = common.completion_logits(model, tokens, 6).log_softmax(-1)
-    torch.testing.assert_close(forecasts.log_softmax(-1)[mask], logps[mask], atol=1e-3, rtol=0)
+        logps = common.log_probs(common.completion_logits(model, tokens, 6))
+    assert logps.abs().max() < 64
+    torch.testing.assert_close(common.log_probs(logits)[mask], logps[mask], atol=2 * ROUNDED, rtol=0)
     for row in range(5):
-        torch.testing.assert_close(log_softmax_of(model, tokens[row].tolist())[3:-1], logps[row], atol=1e-3, rtol=0)
+        plain = log_softmax_of(model, tokens[row].tolist())[3:-1]
+        torch.testing.assert_close(plain, logps[row], atol=2 * ROUNDED, rtol=0)
 
     def z(logps):
         surprise = -common.token_logps(logps, tokens[:, 4:]) + (logps.exp() * logps).sum(-1)
@@ -260,10 +291,11 @@ def test_what_is_sampled_is_what_a_full_forward_forecasts(loaded, kind, monkeypa
 def test_prompts_begin_with_the_tokenizers_own_tokens_and_hold_as_many_of_the_review_all_the_same(home, loaded):
     for kind in KINDS:
         tokenizer = loaded[kind][1]
-        prompts = common.load_prompts(str(home / "prompts"), "train", tokenizer, 10, common.seeded(0, "test order"))
+        order = common.seeded(0, "test order")
+        prompts = loading.load_prompts(arguments(prompts=home / "prompts"), "train", tokenizer, order)
         first = {"gpt2": [], "llama": [1], "gpt_neox": []}[kind]
         assert prompts[:, : len(first)].tolist() == [first] * 24
-        whole = [ids[:10] for ids in families.encode(tokenizer, REVIEWS[:24])]
+        whole = [ids[:10] for ids in encoding.encode(tokenizer, REVIEWS[:24])]
         assert sorted(prompts[:, len(first) :].tolist()) == sorted(whole)
         assert tokenizer.eos_token_id not in prompts
 
@@ -274,30 +306,32 @@ def test_a_pairs_prompt_begins_with_the_tokenizers_own_tokens_and_an_empty_one_i
     demo.world.save_rows(tmp_path / "pairs", train=rows, test=rows[:1])
     for kind in KINDS:
         tokenizer = loaded[kind][1]
-        pairs = dpo.load_pairs(str(tmp_path / "pairs"), tokenizer, tokenizer.eos_token_id, 60)
+        fitting = functools.partial(dpo.make_pair, eos=tokenizer.eos_token_id, max_len=60)
+        order = common.seeded(0, "train subset")
+        pairs = loading.load_pairs(arguments(pairs=tmp_path / "pairs"), tokenizer, order, fitting)
         assert "train pairs: 2 of 3" in capsys.readouterr().out
         first = {"gpt2": [], "llama": [1], "gpt_neox": []}[kind]
-        assert pairs["train"][0].prompt == first + families.encode(tokenizer, ["Film 0"])[0]
+        prompts = [first + ids for ids in encoding.encode(tokenizer, ["Film 0", "Film 2"])]
+        assert sorted(one.prompt for one in pairs["train"]) == sorted(prompts)
         sides = [(one.prompt, side) for one in pairs["train"] for side in (one.chosen, one.rejected)]
         texts = ["Film 0 is a joy, scene 0.", "Film 0 is a bore, scene 0.", "Film 2!", "Film 2, a bore"]
-        assert families.decode(tokenizer, [prompt + side for prompt, side in sides]) == texts
+        assert common.decode(tokenizer, [prompt + side for prompt, side in sides]) == texts[2:] + texts[:2]
         assert all(side[-1] == tokenizer.eos_token_id for _, side in sides)
 
 
 def test_the_tokenizers_own_tokens_need_positions_too(loaded):
     model, tokenizer = loaded["llama"]
-    families.check_length(model, 95, "--prompt-len", tokenizer)
-    families.check_length(model, 96, "--max-len")
-    families.check_length(loaded["gpt2"][0], 96, "--prompt-len", loaded["gpt2"][1])
-    with pytest.raises(common.UserError, match=r"--prompt-len = 96 tokens and 1 that the tokenizer adds, but .* 96"):
-        families.check_length(model, 96, "--prompt-len", tokenizer)
+    loading.check_length(model, 95, "--prompt-len", tokenizer)
+    loading.check_length(model, 96, "--max-len")
+    loading.check_length(loaded["gpt2"][0], 96, "--prompt-len", loaded["gpt2"][1])
+    with pytest.raises(UserError, match=r"--prompt-len = 96 tokens and 1 that the tokenizer adds, but .* 96"):
+        loading.check_length(model, 96, "--prompt-len", tokenizer)
 
 
 def test_ids_that_only_the_model_knows_are_no_text(loaded):
     model, tokenizer = loaded["gpt_neox"]
-    ids = [*families.encode(tokenizer, ["The film"])[0], model.config.vocab_size - 1, len(tokenizer)]
-    for decode in (families.decode, families.decode_after):
-        assert decode(tokenizer, torch.tensor([ids])) == ["The film"]
+    ids = [*encoding.encode(tokenizer, ["The film"])[0], model.config.vocab_size - 1, len(tokenizer)]
+    assert common.decode(tokenizer, torch.tensor([ids])) == ["The film"]
 
 
 @any_kind
@@ -308,16 +342,19 @@ def test_whole_runs_begin_at_the_original_and_a_saved_policy_is_the_one_that_was
         call(script, *flags(home, script, out, *small, *more, policy=home / kind))
         log = rows_of(out / "metrics.jsonl")
         if script == "reinforce":
-            assert abs(log[0]["kl"]) < 1e-5 < 1e-2 < log[2]["kl"]
-        else:
-            assert log[0]["test_loss"] == pytest.approx(math.log(2), abs=1e-6) and log[0]["test_accuracy"] == 0.5
-            assert log[1]["loss"] == pytest.approx(math.log(2), abs=1e-6) and log[3]["loss"] < 0.69
+            assert abs(log[0]["kl"]) < 5 * 2 * ROUNDED < 1e-2 < log[2]["kl"]  # 5 tokens, policy and reference
+        else:  # the very same operations twice give the same bits
+            assert log[0]["test_loss"] == pytest.approx(math.log(2), abs=2**-23) and log[0]["test_accuracy"] == 0.5
+            off = 0.1 / 2 * 4 * 20 * ROUNDED  # beta / 2 times four log-probs of 20 tokens
+            assert log[1]["loss"] == pytest.approx(math.log(2), abs=off) and log[3]["loss"] < 0.69 < math.log(2) - off
         expected = json.loads((out / "eval.json").read_text())
         again = flags(home, "reward", tmp_path / f"{script} again", *small[2:-2], policy=out / "model")
         call("reward", *again, "--reference", home / kind)
         found = json.loads((tmp_path / f"{script} again" / "eval.json").read_text())
-        assert found["samples"] == expected["samples"] and found["kl"] > 1e-3
-        assert [found[key] for key in ("reward", "kl")] == pytest.approx([expected[key] for key in ("reward", "kl")])
+        shown = [[(row["prompt"], row["completion"]) for row in one["samples"]] for one in (found, expected)]
+        assert shown[0] == shown[1] and found["kl"] > 1e-2
+        near = [expected[key] for key in ("reward", "kl")]  # of 5 tokens; weights may lie elsewhere in memory
+        assert [found[key] for key in ("reward", "kl")] == pytest.approx(near, abs=5 * 2 * ROUNDED)
 
 
 def test_the_end_token_is_one_of_the_models_and_the_tokenizers_own_if_it_can_be(loaded):
@@ -326,7 +363,7 @@ def test_the_end_token_is_one_of_the_models_and_the_tokenizers_own_if_it_can_be(
     def found(eos):
         kept, model.config.eos_token_id = model.config.eos_token_id, eos
         try:
-            return families.end_token("--policy", "x", model, tokenizer)
+            return families.end_token(model, tokenizer)
         finally:
             model.config.eos_token_id = kept
 
@@ -334,12 +371,12 @@ def test_the_end_token_is_one_of_the_models_and_the_tokenizers_own_if_it_can_be(
 
 
 def test_a_tokenizer_with_words_beyond_the_models_is_refused_and_one_with_a_pad_token_there_is_not(home, tmp_path):
-    model, tokenizer = new_policy("llama")
+    model, tokenizer = random_policy("llama")
     assert tokenizer.pad_token_id == model.config.vocab_size  # loaded all the same, in all the other tests
     model.resize_token_embeddings(model.config.vocab_size - 1)
     demo.world.save_model(tmp_path / "policy", model, tokenizer)
-    with pytest.raises(common.UserError, match="its tokenizer has 420 words, the model only 419"):
-        common.load_policy(str(tmp_path / "policy"), CPU)
+    with pytest.raises(UserError, match="its tokenizer has 420 words, the model only 419"):
+        loading.load_policy(arguments(policy=tmp_path / "policy"), CPU)
 
 
 def refused_policies():
@@ -353,8 +390,8 @@ def refused_policies():
 def test_a_family_that_would_give_wrong_numbers_is_refused_in_a_line(tmp_path):
     for number, (model, reason) in enumerate(refused_policies()):
         demo.world.save_model(tmp_path / str(number), louder(model), TOKENIZERS["llama"])
-        with pytest.raises(common.UserError) as refusal:
-            common.load_policy(str(tmp_path / str(number)), CPU)
+        with pytest.raises(UserError) as refusal:
+            loading.load_policy(arguments(policy=tmp_path / str(number)), CPU)
         start = f"--policy {tmp_path}/{number} cannot be loaded as a policy that keeps keys and values and reads"
         assert str(refusal.value).startswith(f"{start} padded rows (") and reason in str(refusal.value)
 
@@ -375,26 +412,69 @@ class Forgets(torch.nn.Module):
 
 
 def test_a_cache_that_keeps_the_wrong_rows_is_noticed(loaded):
-    common.check_forecasts(loaded["gpt2"][0])
+    families.check_forecasts(loaded["gpt2"][0])
     with pytest.raises(ValueError, match="when it is sampled with a cache"):
-        common.check_forecasts(Forgets(loaded["gpt2"][0]))
+        families.check_forecasts(Forgets(loaded["gpt2"][0]))
 
 
-@pytest.mark.parametrize("cap", [None, 5.0])
-def test_in_bf16_nothing_is_taken_off_logits_that_are_bent_after_the_head(cap):
+# ---- in bf16 -----------------------------------------------------------------------------------------------
+
+
+def gemma(cap):
+    """A Gemma 2; `cap` bends its logits into -cap .. cap, which a number added to all of them would change."""
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma2Config(vocab_size=50, **shape, num_key_value_heads=1, head_dim=8, final_logit_softcapping=cap)
+    config = Gemma2Config(vocab_size=421, **shape, num_key_value_heads=1, head_dim=8, final_logit_softcapping=cap)
     torch.manual_seed(0)
-    model = louder(Gemma2ForCausalLM(config), 20)
+    return louder(Gemma2ForCausalLM(config), 20)
+
+
+def shift_logits(model):
+    """Gives the words of the head something in common, so that all logits of a place are some 100 higher or lower."""
+    weight = model.get_output_embeddings().weight
     with torch.no_grad():
-        model.lm_head.weight += 1  # a common part, so that much would be taken off
-    tokens = torch.arange(3, 13).view(2, 5)
+        weight += 32 * torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(1))
+    return model
+
+
+TOKENS = torch.arange(3, 43).view(4, 10)
+
+
+@any_kind
+def test_in_bf16_a_centred_head_leaves_the_log_probs_as_they_are_tied_or_not(kind):
+    model = shift_logits(random_policy(kind)[0])
+    model.config.eos_token_id = 2  # one of Llama's two
+    model.head_name = families.head_name(model)
+    head = dict(model.named_parameters(remove_duplicate=False))[model.head_name]
+    assert head is model.get_output_embeddings().weight
+    assert (head is model.get_input_embeddings().weight) == (kind == "gpt2")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
-        exact = model(tokens).logits.log_softmax(-1)
-        model = fast.prepare(model, "bf16")
-        found = model(tokens).logits.float().log_softmax(-1)
-    assert isinstance(model.lm_head, fast.CentredHead) == (cap is None)
-    assert (found - exact).abs().mean() < 0.02 * exact.abs().mean()
+        logits = common.completion_logits(model, TOKENS, 6)
+        exact, size = common.log_probs(logits), (logits - logits.mean(-1, keepdim=True)).abs().max().item()
+        # bf16 keeps 8 bits: half a step, 2^-9, of a number's size. Eight roundings in a row, and twice for log Z.
+        tolerance = 2 * 8 * 2**-9 * size
+        with torch.autocast("cpu", torch.bfloat16):
+            found = common.log_probs(common.completion_logits(model, TOKENS, 6))
+            plain = common.log_probs(model(TOKENS[:, :-1]).logits[:, 3:])
+            _, sampled = common.sample(model, TOKENS[:, :4], torch.full((4, 1), 0.5), keep_logits=True)
+    torch.testing.assert_close(found, exact, atol=tolerance, rtol=0)
+    torch.testing.assert_close(common.log_probs(sampled[:, 0]), exact[:, 0], atol=tolerance, rtol=0)
+    assert (plain - exact).abs().max() > tolerance  # what it is for; else this test would show nothing
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_in_bf16_nothing_is_taken_off_logits_that_are_bent_after_the_head(tmp_path):
+    """A soft-capped Gemma 2 computes as it would by itself, as policy and as reference; one without a cap need not."""
+    for cap, name in ((5.0, None), (None, "lm_head.weight")):
+        demo.world.save_model(tmp_path / str(cap), gemma(cap), TOKENIZERS["llama"])
+        model, _ = loading.load_policy(arguments(policy=tmp_path / str(cap)), CPU)
+        assert model.head_name == name == loading.load_reference(str(tmp_path / str(cap)), model).head_name
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            plain = model(TOKENS[:, :-1], use_cache=False).logits[:, 3:]
+            assert torch.equal(common.completion_logits(model, TOKENS, 6), plain) == (name is None)
+            first = model(TOKENS[:, :4], use_cache=True, logits_to_keep=1).logits
+            sampled = common.sample(model, TOKENS[:, :4], torch.full((4, 1), 0.5), keep_logits=True)[1]
+            assert torch.equal(sampled, first) == (name is None)
 
 
 # ---- classifiers -------------------------------------------------------------------------------------------
@@ -404,7 +484,7 @@ CLASSIFIERS = ("bert", "roberta", "distilbert")
 LABELS = [["LABEL_0"], ["POS"], ["negative", "positive"], ["Positive", "neutral", "Negative"]]
 
 
-def new_classifier(kind, labels):
+def random_classifier(kind, labels):
     """-> model that reads at most 32 tokens, tokenizer: random, with logits that are far apart."""
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -435,8 +515,8 @@ def saved(folder, model, tokenizer):
 @pytest.mark.parametrize("labels", LABELS, ids="-".join)
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_the_reward_is_the_classifiers_probability_of_positive_for_each_text_alone(tmp_path, kind, labels):
-    model, tokenizer = new_classifier(kind, labels)
-    scorer = reward.load_scorer(saved(tmp_path / "classifier", model, tokenizer), CPU)
+    model, tokenizer = random_classifier(kind, labels)
+    scorer = loading.load_scorer(arguments(reward_model=saved(tmp_path / "classifier", model, tokenizer)), CPU)
     found = reward.positivity(scorer, TEXTS)
     for text, p in zip(TEXTS, found.tolist(), strict=True):
         inside = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"][:30]
@@ -451,15 +531,16 @@ def test_the_reward_is_the_classifiers_probability_of_positive_for_each_text_alo
 
 
 def test_each_label_may_name_what_is_rewarded(tmp_path):
-    model, tokenizer = new_classifier("bert", ["negative", "positive"])
+    model, tokenizer = random_classifier("bert", ["negative", "positive"])
     folder = saved(tmp_path / "classifier", model, tokenizer)
-    scorers = [reward.load_scorer(folder, CPU, name) for name in ("negative", None)]
+    scorers = [loading.load_scorer(arguments(reward_model=folder, positive_label=label), CPU)
+               for label in ("negative", None)]
     negative, positive = (reward.positivity(scorer, TEXTS) for scorer in scorers)
     torch.testing.assert_close(negative + positive, torch.ones(len(TEXTS)))
     change(tmp_path / "classifier" / "config.json", problem_type="multi_label_classification")
     with torch.no_grad():
         logit = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits[0, 1]
-    found = reward.positivity(reward.load_scorer(folder, CPU), TEXTS[:1]).item()
+    found = reward.positivity(loading.load_scorer(arguments(reward_model=folder), CPU), TEXTS[:1]).item()
     assert found == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-5)  # each label for itself: not a softmax
 
 
@@ -467,8 +548,8 @@ def test_each_label_may_name_what_is_rewarded(tmp_path):
                                               (["toxic"], "which of the labels toxic is positive")])
 def test_a_single_logit_of_something_else_is_not_taken_for_positive(labels, said):
     with pytest.raises(ValueError, match=said):
-        reward.positive_index(dict(enumerate(labels)))
-    assert reward.positive_index(dict(enumerate(labels)), labels[0]) == 0
+        loading.positive_index(dict(enumerate(labels)))
+    assert loading.positive_index(dict(enumerate(labels)), labels[0]) == 0
 
 
 def gpt2_classifier(folder):
@@ -484,16 +565,16 @@ def gpt2_classifier(folder):
 
 def test_a_classifier_without_a_pad_token_pads_with_its_end_token_on_the_side_that_changes_nothing(tmp_path):
     model, tokenizer = gpt2_classifier(tmp_path / "classifier")
-    scorer = reward.load_scorer(str(tmp_path / "classifier"), CPU)
+    scorer = loading.load_scorer(arguments(reward_model=tmp_path / "classifier"), CPU)
     texts = ["good", "a film that is not good", "the"]
     for text, p in zip(texts, reward.positivity(scorer, texts).tolist(), strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor(families.encode(tokenizer, [text]))).logits[0]
+            logits = model(torch.tensor(encoding.encode(tokenizer, [text]))).logits[0]
         assert p == pytest.approx(logits.softmax(-1)[1].item(), abs=1e-4)
 
 
 def test_a_classifier_whose_tokenizer_cannot_pad_is_refused(tmp_path):
     gpt2_classifier(tmp_path / "classifier")
     change(tmp_path / "classifier" / "tokenizer_config.json", eos_token=None, unk_token=None)
-    with pytest.raises(common.UserError, match="classifier: its tokenizer has no pad token and nothing in its place"):
-        reward.load_scorer(str(tmp_path / "classifier"), CPU)
+    with pytest.raises(UserError, match=r"as a classifier \(its tokenizer has no pad token and nothing in its"):
+        loading.load_scorer(arguments(reward_model=tmp_path / "classifier"), CPU)

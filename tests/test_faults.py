@@ -1,17 +1,19 @@
 """Disks that are full, short memory, numbers that are not finite, and what randomness depends on."""
 
+import io
 import os
 import resource
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import reinforce
 import reward
-from support import checkpoint, runs
-from tests.helpers import SMALL, call, finish, log_of, outcome, refusal, rows_of, small
+from support import checkpoint, command, errors, progress, runs
+from tests.helpers import SMALL, call, finish, flags, log_of, outcome, refusal, rows_of, small
 
 # ---- faults ------------------------------------------------------------------------------------------------
 
@@ -47,7 +49,7 @@ def test_what_pytorch_says_of_a_write_that_failed_is_not_the_cause(tmp_path, mon
 
     monkeypatch.setattr(torch, "save", failing)
     with pytest.raises(type(cause)) as found:
-        checkpoint.write(tmp_path, {})
+        checkpoint.save_checkpoint(tmp_path, {})
     assert found.value is cause and not list(tmp_path.iterdir())
 
 
@@ -120,16 +122,76 @@ def test_out_of_memory_says_which_flag_helps(capsys, error):
         raise error
 
     with pytest.raises(SystemExit) as stopped:
-        runs.launch(main)
+        command.launch(main)
     assert stopped.value.code == 1
     said = capsys.readouterr().err
-    assert "out of memory; in training try a smaller --micro-batch, in the evaluation a smaller --eval-batch-s" in said
+    assert "out of memory; try a smaller --eval-batch-size, in dpo.py --micro-batch; a training run goes on w" in said
+
+
+def test_numbers_that_are_not_finite_end_in_a_line(capsys):
+    def main():
+        raise FloatingPointError("step 7: loss is nan; try\na lower --lr")
+
+    with pytest.raises(SystemExit) as stopped:
+        command.launch(main)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and said.endswith(": error: step 7: loss is nan; try a lower --lr\n")
 
 
 def test_errors_of_the_code_itself_keep_their_traceback():
     for error in (NotImplementedError(), RuntimeError("mat1 and mat2 cannot be multiplied"), OSError("no number")):
         with pytest.raises(type(error)):
-            runs.launch(lambda error=error: (_ for _ in ()).throw(error))
+            command.launch(lambda error=error: (_ for _ in ()).throw(error))
+
+
+# ---- what a long loop shows --------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("seconds", [-1, 60])
+def test_without_a_terminal_there_is_no_bar_but_a_line_a_minute(capsys, monkeypatch, seconds):
+    monkeypatch.setattr(progress, "MINUTE", seconds)  # each step takes longer than -1, none takes 60
+    bar = progress.Bar(["a", "b"], "epoch 2", "step", before=3)
+    for _ in bar:
+        bar.show(reward=0.123456, kl=12)
+    said = capsys.readouterr()
+    lines = ["epoch 2: 4 of 5, reward 0.1235, kl 12; 0 minutes left",
+             "epoch 2: 5 of 5, reward 0.1235, kl 12; 0 minutes left"]
+    assert said.err == "" and said.out.splitlines() == (lines if seconds < 0 else [])
+
+
+def test_the_minutes_left_are_those_that_as_many_steps_took(capsys, monkeypatch):
+    """Two steps of 90 s each are done, four are left: 6 minutes. Between two lines lies more than a minute."""
+    clock = iter([0, 90, 180, 200, 220, 250, 270])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert list(progress.Bar(range(6), "epoch 1")) == list(range(6))
+    assert [line.partition(";")[2] for line in capsys.readouterr().out.splitlines()] == [
+        " 8 minutes left", " 6 minutes left", " 1 minutes left"]  # 5 * 90 s = 7.5, 4 * 90 s, 1 * 250 s / 5 = 0.8
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_on_a_terminal_a_run_shows_a_bar_with_its_first_two_metrics(world, tmp_path, capsys, monkeypatch, script):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "MINUTE", -1)  # the lines are for others
+    call(script, *small(world, script, tmp_path / "run"))
+    said = terminal.getvalue()
+    assert "epoch 1: 100%" in said and "evaluate: 100%" in said and "minutes left" not in capsys.readouterr().out
+    for name in {"reinforce": ("reward", "kl"), "dpo": ("accuracy", "loss")}[script]:
+        assert f", {name}=" in said
+
+
+def test_an_error_does_not_stand_behind_the_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = progress.Bar([1, 2], "epoch 1")
+    with pytest.raises(errors.UserError):
+        for _ in bar:
+            raise errors.UserError("cut off")
+    assert "0/2" in sys.stderr.getvalue() and sys.stderr.getvalue().endswith("\n")
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------
@@ -140,20 +202,20 @@ def test_a_number_that_is_not_finite_keeps_the_checkpoint_before(world, whole, t
     """The gradient of step 5 becomes nan: no weight moves, and once it is mended the run goes on from 3 (DPO: 4)."""
     folder = tmp_path / "run"
     module, argv = sys.modules[script], small(world, script, folder)
-    check = module.checked_grad_norm
+    update = module.update
 
-    def breaking(step, values, policy, max_norm):
+    def breaking(policy, optimizer, step, *args, **more):
         if step == 5:
             next(policy.parameters()).grad[0, 0] = torch.nan
             before = [weight.detach().clone() for weight in policy.parameters()]
         try:
-            return check(step, values, policy, max_norm)
+            return update(policy, optimizer, step, *args, **more)
         finally:
             assert step != 5 or all(map(torch.equal, before, policy.parameters()))
 
-    monkeypatch.setattr(module, "checked_grad_norm", breaking)
+    monkeypatch.setattr(module, "update", breaking)
     said = refusal(script, *argv, capsys=capsys)
-    assert "step 5: the gradient's norm is nan; the weights were not touched" in said
+    assert "error: step 5: grad_norm is nan; the weights were not touched; try a lower --lr or --max-" in said
     kept = {"reinforce": 3, "dpo": 4}[script]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == kept
     monkeypatch.undo()
@@ -168,7 +230,14 @@ def test_a_classifier_that_gives_nan_is_named(world, tmp_path, capsys, monkeypat
     monkeypatch.undo()
     monkeypatch.setattr(reinforce, "positivity", lambda scorer, texts: torch.full((len(texts),), torch.nan))
     said = refusal("reinforce", *small(world, "reinforce", tmp_path / "other"), capsys=capsys)
-    assert "step 1: the reward is nan; the weights were not touched; what was loaded, or a flag, is at fault" in said
+    assert "error: step 1: reward is nan; the weights were not touched; look at the flags and the models" in said
+
+
+def test_an_evaluation_that_gives_nan_ends_in_a_line_and_writes_no_nan(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reward, "positivity", lambda scorer, texts: torch.full((len(texts),), torch.nan))
+    said = refusal("reward", *flags(world, "reward", tmp_path / "run"), capsys=capsys)
+    assert said.endswith("error: the test reward is nan, the KL 0.0: the policy is broken; try a lower --lr")
+    assert not (tmp_path / "run" / "completions.jsonl").exists() and not (tmp_path / "run" / "eval.json").exists()
 
 
 @pytest.mark.parametrize("script", SMALL)
@@ -187,9 +256,9 @@ def test_max_grad_norm_is_used_and_the_norm_is_logged_as_it_was(world, whole, tm
 @pytest.mark.parametrize("script", SMALL)
 def test_training_depends_on_seed_and_step_and_on_nothing_drawn_elsewhere(world, whole, tmp_path, monkeypatch, script):
     """Looks at samples after every step, tests fewer prompts, and draws from PyTorch's own generator in between."""
-    def disturbed(*args):
+    def disturbed(*args, **more):
         torch.manual_seed(time.time_ns())
-        return sample(*args)
+        return sample(*args, **more)
 
     sample = reward.sample
     monkeypatch.setattr(sys.modules[script], "SAMPLE_EVERY", 1)
@@ -205,8 +274,8 @@ def test_the_same_noise_at_the_same_step_whatever_was_sampled_before(world, tmp_
     """A policy that moves and one that does not draw their texts from the same numbers in every step."""
     drawn, sample = {}, reinforce.sample
     for lr in ("1e-2", "1e-30"):
-        states = drawn[lr] = []
-        monkeypatch.setattr(reinforce, "sample", lambda *args, states=states, **more: (
-            states.append(args[3].get_state()), sample(*args, **more))[1])
+        numbers = drawn[lr] = []
+        monkeypatch.setattr(reinforce, "sample", lambda policy, prompts, uniform, numbers=numbers: (
+            numbers.append(uniform), sample(policy, prompts, uniform))[1])
         call("reinforce", *small(world, "reinforce", tmp_path / lr, "--lr", lr))
     assert len(drawn["1e-2"]) == 10 and all(map(torch.equal, *drawn.values()))

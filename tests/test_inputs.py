@@ -1,5 +1,6 @@
 """What users give: hostile texts, wrong folders, wrong flags. Taken as they are, or refused in one clear line."""
 
+import functools
 import json
 import re
 import shutil
@@ -12,8 +13,8 @@ import common
 import demo.world
 import dpo
 from report import report
-from support import families, loading
-from tests.helpers import call, change, flags, labelled, pair, refusal, save_classifier
+from support import loading
+from tests.helpers import arguments, call, change, flags, labelled, pair, refusal, save_classifier
 
 # ---- hostile input: taken as it is, or refused by row and column -------------------------------------------
 
@@ -52,12 +53,16 @@ def test_hostile_texts_are_trained_on_as_texts_and_shown_harmlessly(world, tmp_p
     shown = said.out + said.err + capsys.readouterr().out + results
     assert not set(shown) & set("\x00\x07\x1b\u202e\u2066\u2029") and "table" in results
     assert not re.search(r"^(?!    ).*<script>", results, re.MULTILINE)  # in indented blocks only
-    tokenizer = families.load_tokenizer("--policy", str(here / "policy"))
-    prompts = common.load_prompts(str(here / "prompts"), "train", tokenizer, 10, common.seeded(0, "test order"))
+    tokenizer = loading.load_tokenizer("--policy", str(here / "policy"))
+    prompts = loading.load_prompts(arguments(prompts=here / "prompts"), "train", tokenizer,
+                                   common.seeded(0, "test order"))
     assert tokenizer.eos_token_id not in prompts
-    starts = families.decode(tokenizer, prompts)
+    starts = common.decode(tokenizer, prompts)
     assert sum(any(text.startswith(start) for start in starts) for text in HOSTILE) >= 5  # a cut emoji is no text
-    pairs = dpo.load_pairs(str(here / "pairs"), tokenizer, tokenizer.eos_token_id, 128)
+    fitting = functools.partial(dpo.make_pair, eos=tokenizer.eos_token_id, max_len=128)
+    order = common.seeded(0, "train subset")
+    pairs = loading.load_pairs(arguments(pairs=here / "pairs"), tokenizer, order, fitting)
+    assert len(pairs["train"]) == 7
     assert all(len(pair.prompt) + len(side) <= 128 for pair in pairs["train"] for side in (pair.chosen, pair.rejected))
     assert all(tokenizer.eos_token_id not in side[:-1] for pair in pairs["train"] for side in pair[1:])
 

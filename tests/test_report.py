@@ -1,222 +1,33 @@
-"""The report: measures by hand, the limit against exact enumeration, and a report of whatever is or is not there."""
+"""The report: what it says of whatever runs are or are not there."""
 
-import itertools
 import json
-import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
-import common
 import plot
-from report import measures, report, tables
-from support import runs
+from lab import fill_in
+from report import report, run_folders, tables
+from support.command import launch
+from tests.written_runs import steps, write_course, write_run
 
 
 @pytest.fixture(autouse=True)
 def small_figures(monkeypatch):
     """Nobody looks at these, and pixels take time."""
-    monkeypatch.setattr(report, "DPI", 20)
+    monkeypatch.setattr(plot, "DPI", 20)
 
 
 @pytest.fixture
 def text_only(monkeypatch):
-    monkeypatch.setattr(report, "figures", lambda found: [])
-
-
-# ---- measures of text --------------------------------------------------------------------------------------
-
-
-def test_distinct_is_the_share_of_different_ngrams_within_completions():
-    # a b, b a, a b | a b: 4 bigrams, 2 different ones. Pairs across completions (b a) don't count.
-    assert measures.distinct(["a b a b", "a  b\n"], 2) == 2 / 4
-    assert measures.distinct(["a b a b", "a  b\n"], 1) == 2 / 6
-    assert measures.distinct(["one", ""], 2) is None and measures.distinct(["one", ""], 1) == 1
-
-
-def test_repeated_counts_every_text_that_has_a_twin():
-    assert measures.repeated(["a", "b", "a", "c", "a"]) == 3 / 5  # three times a
-    assert measures.repeated(["a", "b"]) == 0
-
-
-def scored(values, length=2):
-    return [{"reference_logp": value * length, "length": length} for value in values]
-
-
-def test_log_prob_a_token_weighs_completions_by_their_length():
-    rows = [{"reference_logp": -4.0, "length": 1}, {"reference_logp": -2.0, "length": 3}]
-    assert measures.logp_a_token(rows) == -6 / 4  # not the mean of -4 and -2/3
-
-
-def test_natural_is_the_share_within_the_middle_of_the_originals_own():
-    # The original's completions: -0.00, -0.01 .. -1.00 nats a token. Its middle 95 % is -0.975 to -0.025.
-    originals = scored([-i / 100 for i in range(101)])
-    assert measures.natural(scored([-0.5, -0.97, -0.03, -0.98]), originals) == 3 / 4
-    # A word over and over that the original finds too easy is as unnatural as noise.
-    assert measures.natural(scored([-0.01, -8.0]), originals) == 0
-    assert measures.natural(originals, originals) == pytest.approx(95 / 101)
-
-
-# ---- what is possible --------------------------------------------------------------------------------------
-
-
-def test_best_of_n_by_hand():
-    # Of 0, 1/4, 1/2, 1 there are 6 ways to take two: maximum 1/4 in one of them, 1/2 in two, 1 in three.
-    rewards = np.array([[0.5, 0.0, 1.0, 0.25], [0.25, 0.25, 0.25, 0.25]])
-    assert measures.best_of(rewards, 2) == pytest.approx([(0.25 + 2 * 0.5 + 3 * 1) / 6, 0.25])
-    assert measures.best_of(rewards, 1) == pytest.approx([0.4375, 0.25])
-    assert measures.best_of(rewards, 4) == pytest.approx([1, 0.25])
-    assert measures.counts(32) == [1, 2, 4, 8, 16, 32] and measures.counts(6) == [1, 2, 4]
-
-
-def test_best_of_n_is_right_on_average_over_everything_that_can_be_sampled():
-    """Three completions of probability 1/2, 1/4, 1/4 and reward 0, 1/2, 1. The best of two is worth, exactly,
-    1/2 * (P(<= 1/2)^2 - P(<= 0)^2) + 1 * (1 - P(<= 1/2)^2) = 1/2 * (9/16 - 1/4) + 7/16 = 19/32."""
-    p, reward = [0.5, 0.25, 0.25], [0.0, 0.5, 1.0]
-    mean = 0.0
-    for drawn in itertools.product(range(3), repeat=4):  # all 81 ways to sample four
-        mean += math.prod(p[i] for i in drawn) * measures.best_of(np.array([[reward[i] for i in drawn]]), 2)[0]
-    assert mean == pytest.approx(19 / 32)
-
-
-def test_the_kl_of_best_of_n_is_at_most_the_bound():
-    # n = 4: ln 4 - 3/4 = 0.636294. For m equally likely completions of different reward the best of 4 is the i-th
-    # with probability (i^4 - (i-1)^4) / m^4; its KL comes close to the bound from below as m grows.
-    assert measures.best_of_kl(4) == pytest.approx(0.636294, abs=1e-6) and measures.best_of_kl(1) == 0
-    kls = []
-    for m in (4, 64, 1024):
-        chances = [(i**4 - (i - 1) ** 4) / m**4 for i in range(1, m + 1)]
-        kls.append(sum(chance * math.log(chance * m) for chance in chances))
-    assert kls[0] < kls[1] < kls[2] < measures.best_of_kl(4) < kls[2] + 0.01
-
-
-def test_the_limit_by_hand():
-    """Probabilities 1/2, 1/4, 1/8, 1/8, as 8 samples, rewards 0, 1, 2, 3, alpha 1 / ln 2, so exp(r / alpha) = 2^r.
-
-    Z = 1/2 + 2/4 + 4/8 + 8/8 = 5/2; pi* = 1/5, 1/5, 1/5, 2/5; reward 9/5; KL = 9/5 ln 2 - ln 5/2. The weights are
-    1/20 four times, 2/20 twice, 4/20, 8/20: effective samples 400 / (4 + 8 + 16 + 64).
-    """
-    rewards = np.array([[0, 0, 0, 0, 1, 1, 2, 3], [1.0] * 8])
-    reward, kl, effective = measures.tilted(rewards, 1 / math.log(2))
-    assert reward == pytest.approx([1.8, 1]) and effective == pytest.approx([400 / 92, 8])
-    assert kl == pytest.approx([1.8 * math.log(2) - math.log(2.5), 0])
-    reward, kl, effective = measures.tilted(rewards, 1e-4)  # what was not sampled cannot be found
-    assert (reward[0], kl[0], effective[0]) == pytest.approx((3, math.log(8), 1))
-
-
-@pytest.fixture(scope="module")
-def exact():
-    """A tiny policy, 2 prompts: probability and reward of each completion of 2 tokens, and 4,000 sampled rewards."""
-    torch.manual_seed(0)
-    size = {"vocab_size": 6, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
-    model = GPT2LMHeadModel(GPT2Config(**size, eos_token_id=0)).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(4)  # far from uniform
-    prompts = torch.tensor([[1, 2], [3, 4]])
-    ways = [way for way in itertools.product(range(6), repeat=2) if way[0] != 0 or way[1] == 0]  # after eos only eos
-    worth = torch.rand(6, 6, generator=torch.Generator().manual_seed(1))
-    chances = np.zeros((2, len(ways)))
-    with torch.no_grad():
-        for i, prompt in enumerate(prompts):
-            for j, way in enumerate(ways):
-                logps = model(torch.tensor([[*prompt, *way]])).logits[0, 1:3].log_softmax(-1)
-                chances[i, j] = math.exp(logps[0, way[0]] + (logps[1, way[1]] if way[0] else 0))
-    reward = np.array([float(worth[way]) for way in ways])
-    tokens = common.sample(model, prompts.repeat_interleave(4000, dim=0), 2, torch.Generator().manual_seed(2))
-    sampled = worth[tokens[:, 2], tokens[:, 3]].view(2, 4000).double().numpy()
-    return chances, reward, sampled
-
-
-def test_the_tiny_policys_completions_are_all_there(exact):
-    chances, reward, sampled = exact
-    assert chances.sum(axis=1) == pytest.approx([1, 1], abs=1e-5)
-    assert sampled.mean(axis=1) == pytest.approx(chances @ reward, abs=0.03)
-
-
-@pytest.mark.parametrize("alpha", [1.0, 0.3, 0.1])
-def test_the_limit_is_that_of_exact_enumeration(exact, alpha):
-    chances, reward, sampled = exact
-    best = chances * np.exp(reward / alpha)
-    best /= best.sum(axis=1, keepdims=True)
-    exact_kl = (best * np.log(best / chances)).sum(axis=1)
-    found, kl, effective = measures.tilted(sampled, alpha)
-    assert found == pytest.approx(best @ reward, abs=0.02) and kl == pytest.approx(exact_kl, abs=0.05)
-    assert effective == pytest.approx(4000 / (best**2 / chances).sum(axis=1), rel=0.1)
-    for other in (chances, chances[::-1], np.full_like(chances, 1 / len(reward)), 0.5 * (best + chances)):  # all worse
-        value = other @ reward - alpha * (other * np.log(other / chances)).sum(axis=1)
-        assert (value <= best @ reward - alpha * exact_kl + 1e-9).all()
-
-
-@pytest.mark.parametrize("n", [1, 2, 8, 32])
-def test_best_of_n_is_that_of_exact_enumeration(exact, n):
-    chances, reward, sampled = exact
-    order = reward.argsort()
-    below = chances[:, order].cumsum(axis=1)  # P(reward <= that of each completion)
-    expected = (np.diff(below**n, axis=1, prepend=0) * reward[order]).sum(axis=1)
-    assert measures.best_of(sampled, n) == pytest.approx(expected, abs=0.03)
-
-
-def test_the_limit_ends_where_too_few_samples_are_effective(exact):
-    rewards = exact[2][:, :32]
-    points = measures.limit(rewards)
-    alphas, gained, kls = zip(*points, strict=True)
-    assert list(gained) == sorted(gained) and list(kls) == sorted(kls) and list(alphas) == sorted(alphas, reverse=True)
-    effective = [measures.tilted(rewards, alpha)[2].mean() for alpha in (alphas[-1], alphas[-1] ** 2 / alphas[-2])]
-    assert effective[1] < measures.ENOUGH <= effective[0]
-    assert measures.between(2, [1, 3], [10, 30]) == 20 and measures.between(4, [1, 3], [10, 30]) is None
-
-
-# ---- a folder of runs --------------------------------------------------------------------------------------
-
-
-def write_run(folder, reward, kl, text, flags, logp=-2.0, metrics=(), **results):
-    """A finished run: 20 completions that end in `text`, whose log-prob a token is `logp` and a little around it."""
-    folder.mkdir(parents=True)
-    given = {"policy": "distilgpt2", "reference": "distilgpt2", "seed": 0, "samples_per_prompt": 1, **flags}
-    about = {"flags": given, "device": "cpu", "hardware": "EPYC, 2 threads", "precision": "fp32"}
-    about["versions"] = {"torch": "2", "transformers": "5"}
-    (folder / "config.json").write_text(json.dumps(about))
-    k = given["samples_per_prompt"]
-    rows = [{"number": i // k, "prompt": f"I saw {i // k}", "completion": f" {text} {i % 7}", "reward": (i % 8) / 8,
-             "reference_logp": 5 * (logp + i / 1000), "length": 5} for i in range(20 * k)]
-    (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-    shown = [{key: row[key] for key in ("prompt", "completion", "reward")} for row in rows[::k][:5]]
-    result = {"reward": reward, "reward_se": 0.01, "kl": kl, "kl_se": 0.02, "n": 20, "distinct_2": 0.5}
-    (folder / "eval.json").write_text(json.dumps(result | {"samples": shown} | results))
-
-
-def steps(count=8, **values):
-    return [{"step": i + 1, **{key: value * i for key, value in values.items()}} for i in range(count)]
+    monkeypatch.setattr(plot, "save_figures", lambda found, folder: [])
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """The runs of a sweep, written by hand."""
-    folder, rows = tmp_path / "course", steps(reward=0.1, kl=1.0)
-    write_run(folder / "baseline", 0.5, 0, "it is", {})
-    write_run(folder / "samples-16", 0.5, 0, "it is", {"samples_per_prompt": 16})
-    reinforce = {"advantage": "reward", "lr": 1e-4}
-    write_run(folder / "alpha-0", 0.95, 99, "big big", {**reinforce, "alpha": 0.0}, logp=-9, metrics=rows)
-    write_run(folder / "alpha-0.02", 0.9, 12.5, "it was", {**reinforce, "alpha": 0.02}, metrics=rows)
-    write_run(folder / "alpha-2", 0.55, 0.25, "it is", {**reinforce, "alpha": 2.0}, metrics=rows)
-    write_run(folder / "alpha-9", 0.45, 50, "& %", {**reinforce, "alpha": 9.0}, logp=-9, metrics=rows)  # fell apart
-    write_run(folder / "loo-0.02", 0.88, 5, "it was", {**reinforce, "alpha": 0.02, "advantage": "loo"}, metrics=rows)
-    for beta, reward in ((0.1, 0.6), (0.25, 0.59), (0.4, 0.5)):
-        trained = [{"epoch": 0, "test_loss": 0.693, "test_accuracy": 0.5, "test_margin": 0.0}]
-        trained += steps(loss=0.1, accuracy=0.1, margin=0.1, chosen_logratio=-1.0, rejected_logratio=-2.0)
-        trained += [{"epoch": 1, "test_loss": 0.6, "test_accuracy": 0.9, "test_margin": 0.2}]
-        tested = {"test_loss": 0.7 - beta / 2, "test_accuracy": 0.9, "test_margin": 0.2}
-        write_run(folder / f"beta-{beta}", reward, 0.1, "so", {"beta": beta, "lr": 5e-7}, metrics=trained, **tested)
-    return folder
+    return write_course(tmp_path / "course")
 
 
 def section(folder, title):
@@ -287,17 +98,17 @@ def test_betas_are_compared_by_what_compares(folder):
 
 
 def test_rewards_are_compared_prompt_by_prompt_where_they_can_be(folder):
-    best, other = (run for run in tables.load(folder) if run.name in ("beta-0.25", "beta-0.4"))
-    assert not report.better(best, other)
+    best, other = (run for run in run_folders.load_runs(folder) if run.name in ("beta-0.25", "beta-0.4"))
+    assert not report.clearly_better(best, other)
     for row in other.completions:
         row["reward"] -= 0.02 + 0.01 * (row["number"] % 2)  # each worse, by 0.025 ± 0.001: far less than they vary
-    assert report.better(best, other) and not report.better(other, best)
+    assert report.clearly_better(best, other) and not report.clearly_better(other, best)
     other.completions.reverse()
-    assert report.better(best, other)
+    assert report.clearly_better(best, other)
     other.completions.pop()  # other prompts: 0.59 and 0.50, each ± 0.01, differ by 0.09 ± 0.014
-    assert report.better(best, other)
+    assert report.clearly_better(best, other)
     other.result["reward"] = 0.57  # 0.02 ± 0.014
-    assert not report.better(best, other)
+    assert not report.clearly_better(best, other)
 
 
 @pytest.mark.usefixtures("text_only")
@@ -351,14 +162,14 @@ def test_a_report_without_any_one_of_its_runs(folder, capsys):
 @pytest.mark.parametrize(
     ("name", "title", "said"),
     [
-        ("baseline", "Q1.1", "*Not here: the untouched policy. `make RUNS=HERE baseline` makes it.*"),
-        ("baseline", "Q3.2", "completions of the untouched policy, to tell natural text by. `make RUNS=HERE baseline`"),
-        ("alpha-0", "Q2.2", "*Not here: a finished run with alpha 0. `make RUNS=HERE reinforce` makes it.*"),
-        ("alpha-0", "Q3.1", "*Not here: the curve of a run with alpha 0. `make RUNS=HERE reinforce` makes it.*"),
-        ("alpha-[29]", "Q3.2", "*Not here: three alphas. `make RUNS=HERE sweep` makes it.*"),
-        ("beta-0.4", "Q4.4", "*Not here: three betas. `make RUNS=HERE sweep` makes it.*"),
-        ("beta-*", "Q4.1", "*Not here: a finished DPO run. `make RUNS=HERE dpo` makes it.*"),
-        ("samples-16", "The frontier", "for best-of-n and the limit. `make RUNS=HERE samples` makes it.*"),
+        ("baseline", "Q1.1", "*Not here: the untouched policy. `make baseline RUNS=HERE` makes it.*"),
+        ("baseline", "Q3.2", "completions of the untouched policy, to tell natural text by. `make baseline RUNS=HERE`"),
+        ("alpha-0", "Q2.2", "*Not here: a finished run with alpha 0. `make reinforce RUNS=HERE` makes it.*"),
+        ("alpha-0", "Q3.1", "*Not here: the curve of a run with alpha 0. `make reinforce RUNS=HERE` makes it.*"),
+        ("alpha-[29]", "Q3.2", "*Not here: three alphas. `make sweep RUNS=HERE` makes it.*"),
+        ("beta-0.4", "Q4.4", "*Not here: three betas. `make sweep RUNS=HERE` makes it.*"),
+        ("beta-*", "Q4.1", "*Not here: a finished DPO run. `make dpo RUNS=HERE` makes it.*"),
+        ("samples-16", "The frontier", "for best-of-n and the limit. `make samples RUNS=HERE` makes it.*"),
     ],
 )
 @pytest.mark.usefixtures("text_only")
@@ -382,17 +193,17 @@ def test_in_the_demos_world_everything_is_made_by_make_demo(folder, tmp_path, mo
     shutil.move(folder, tmp_path / "runs" / "toy")
     monkeypatch.chdir(tmp_path)
     report.main(["runs/toy"])
-    assert "a finished run with alpha 0. `make demo` makes it" in section(Path("runs/toy"), "Q2.2")
-    assert "three betas. `make demo sweep` makes it" in section(Path("runs/toy"), "Q4.4")
+    assert "a finished run with alpha 0. `make demo-reinforce` makes it" in section(Path("runs/toy"), "Q2.2")
+    assert "three betas. `make demo-sweep` makes it" in section(Path("runs/toy"), "Q4.4")
 
 
 @pytest.mark.parametrize(
     ("flags", "command"),
     [
-        ({}, "make RUNS=HERE baseline"),
-        ({"limit": None, "eval_limit": 500, "seed": 1}, 'make RUNS=HERE FLAGS="--eval-limit 500 --seed 1" baseline'),
-        ({"policy": "mine", "reference": "mine", "pairs": "some"}, "make RUNS=HERE POLICY=mine PAIRS=some baseline"),
-        ({"policy": "build/toy/policy", "reference": "build/toy/policy"}, "make demo RUNS=HERE"),  # not there any more
+        ({}, "make baseline RUNS=HERE"),
+        ({"limit": None, "eval_limit": 500, "seed": 1}, 'make baseline RUNS=HERE FLAGS="--eval-limit 500 --seed 1"'),
+        ({"policy": "mine", "reference": "mine", "pairs": "some"}, "make baseline RUNS=HERE POLICY=mine PAIRS=some"),
+        ({"policy": "build/toy/policy", "reference": "build/toy/policy"}, "make demo-baseline RUNS=HERE"),  # gone
     ],
 )
 def test_the_command_for_what_is_missing_has_the_flags_of_what_is_there(tmp_path, flags, command):
@@ -462,15 +273,8 @@ def test_only_an_unfinished_run(tmp_path, capsys):
     report.main([str(tmp_path)])
     said = capsys.readouterr().out
     assert "None is finished." in said and (tmp_path / "reinforce.png").exists()
-    assert f"- to make one of these: `make RUNS={tmp_path} {tmp_path}/NAME/eval.json`; all of the sweep: `make" in said
+    assert f"- to make one of these: `make {tmp_path}/NAME/eval.json RUNS={tmp_path}`; all of the sweep: `make" in said
     assert cells(section(tmp_path, "Q3.1"), "1")["KL, nats"] == "0.00" and "Not here" in section(tmp_path, "Q2.1")
-
-
-def test_the_report_says_what_it_misses(tmp_path, capsys):
-    for folder, message in ((tmp_path / "nowhere", "there is no folder"), (tmp_path, "has no run")):
-        with pytest.raises(SystemExit):
-            runs.launch(lambda folder=folder: report.main([str(folder)]))
-        assert message in capsys.readouterr().err
 
 
 def test_runs_are_in_the_courses_order(tmp_path):
@@ -480,14 +284,14 @@ def test_runs_are_in_the_courses_order(tmp_path):
                         "loo-2": {"alpha": 2.0, **reinforce, "advantage": "loo"}, "mine": {"policy": "a"},
                         "old": {"samples_per_prompt": 2}, "baseline": {}}.items():
         write_run(tmp_path / name, 0.5, 0, "x", flags, test_loss=0.5, test_accuracy=1, test_margin=0)
-    found = tables.load(tmp_path)
+    found = run_folders.load_runs(tmp_path)
     names = ["baseline", "alpha-2", "alpha-10", "loo-2", "beta-0.4", "beta-0.1", "mine", "old"]
     assert [run.name for run in found] == names
     assert found[6].method == "evaluated"
     config = json.loads((tmp_path / "baseline" / "config.json").read_text())
     del config["flags"]["samples_per_prompt"]  # a run from before there was this flag
     (tmp_path / "baseline" / "config.json").write_text(json.dumps(config))
-    assert tables.load(tmp_path)[0].method == "untouched"
+    assert run_folders.load_runs(tmp_path)[0].method == "untouched"
 
 
 @pytest.mark.usefixtures("text_only")
@@ -523,60 +327,53 @@ def test_a_table_is_aligned_and_leaves_out_empty_columns():
     assert tables.table(rows, "some")[1] == "<!-- some -->" and tables.table(rows, "some")[-2] == "<!-- end -->"
 
 
-def test_readme_gets_its_tables_and_figures_by_a_command(folder, tmp_path, capsys):
-    (tmp_path / "figures").mkdir()
-    readme = tmp_path / "README.md"
+@pytest.fixture
+def pages(tmp_path):
+    """A README.md, docs/ and docs/figures/ to fill, and what a run of the report has drawn."""
+    (tmp_path / "docs" / "figures").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("one\n")
+    (tmp_path / "docs" / "results.md").write_text("two\n")
+    (tmp_path / "course").mkdir(exist_ok=True)
+    (tmp_path / "course" / "frontier.png").write_text("drawn")
+    (tmp_path / "course" / "dpo.png").write_text("drawn, too")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("text_only")
+def test_readme_and_docs_get_their_tables_and_figures_by_a_command(folder, pages):
+    readme, page = pages / "README.md", pages / "docs" / "results.md"
     readme.write_text("one\n<!-- betas of course -->\nold\n<!-- end -->\ntwo\n<!-- runs of toy -->\nkept\n"
-                      "<!-- end -->\n![](figures/course-frontier.png) ![](figures/toy-dpo.png)\n")
-    report.main([str(folder), "--readme", str(readme)])
-    once = readme.read_text()
+                      "<!-- end -->\n![](docs/figures/course-frontier.png) ![](docs/figures/toy-dpo.png)\n")
+    page.write_text("A place: <!-- runs of course -->\n<!-- runs of course -->\n<!-- end -->\n"
+                    "![](figures/course-dpo.png)\n<!-- betas of course -->\nold\n<!-- end -->\n")
+    report.main([str(folder)])  # not asked to
+    assert "\nold\n" in readme.read_text()
+    fill_in.fill_in(folder, pages)
+    once = readme.read_text(), page.read_text()
     marked = r"one\n<!-- betas of course -->\n\n\| run .*`beta-0.4`.*\|\n\n<!-- end -->\ntwo\n"
-    assert re.search(marked, once, re.DOTALL)
-    assert "old" not in once and "<!-- runs of toy -->\nkept\n" in once
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["course-frontier.png"]
-    report.main([str(folder), "--readme", str(readme)])
-    assert readme.read_text() == once
-    for place, message in (("![](figures/course-none.png)\n", "shows a figure none.png, for which"),
-                           ("<!-- gammas of course -->\n<!-- end -->", "has a place for a table gammas, which")):
-        readme.write_text(place)
-        with pytest.raises(SystemExit):
-            runs.launch(lambda: report.main([str(folder), "--readme", str(readme)]))
-        assert f"README.md {message}" in capsys.readouterr().err and readme.read_text() == place
+    assert re.search(marked, once[0], re.DOTALL) and "<!-- runs of toy -->\nkept\n" in once[0]
+    assert "`alpha-0.02`" in once[1] and "A place: <!-- runs of course -->\n<!-- runs of course -->\n\n| run" in once[1]
+    assert all("old" not in text and "`beta-0.4`" in text for text in once)
+    copied = {path.name: path.read_text() for path in (pages / "docs" / "figures").iterdir()}
+    assert copied == {"course-frontier.png": "drawn", "course-dpo.png": "drawn, too"}
+    fill_in.fill_in(folder, pages)
+    assert (readme.read_text(), page.read_text()) == once
 
 
-# ---- figures -----------------------------------------------------------------------------------------------
-
-
-def test_running_mean_stands_in_the_middle_of_its_window():
-    found, means = plot.running_mean([1, 2, 3, 4, 5, 6, 7, 8], [0.0, 1, 2, 6, 0, 0, 4, 0], window=2)
-    assert found.tolist() == [1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5] and means.tolist() == [0.5, 1.5, 4, 3, 0, 2, 2]
-    assert plot.running_mean([1, 2], [3.0, 4.0])[1].tolist() == [3, 4]  # a short run: no mean, but a line
-
-
-def test_a_figures_lines_are_the_runs_numbers(folder):
-    found = report.Report(tables.load(folder))
-    left, right = plot.reinforce_figure(found.reinforce).axes
-    assert [line.get_label() for line in left.lines] == ["alpha-0", "alpha-0.02", "alpha-2", "alpha-9", "loo-0.02"]
-    assert [line.get_linestyle() for line in right.lines] == ["-", "-", "-", "-", "--"]
-    assert left.lines[1].get_color() == left.lines[4].get_color() != left.lines[0].get_color()  # a colour an alpha
-    assert right.lines[0].get_ydata() == pytest.approx([0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5])  # windows of 2 steps
-    panel = plot.dpo_figure(found.dpo).axes[0]
-    dots, start = panel.lines[2], panel.lines[3]
-    assert dots.get_xydata().tolist() == [[0, 0.693], [8, 0.6]] and start.get_ydata()[0] == math.log(2)
-    left, middle, right = plot.dpo_margins_figure(found.dpo).axes
-    assert middle.lines[1].get_ydata() == pytest.approx([0, 0.2 / 0.1])  # nats, so without beta
-    assert left.lines[1].get_ydata().tolist() == [0.5, 0.9]
-    chosen, rejected = right.lines[:2]
-    assert chosen.get_ydata()[-1] == -6.5 and rejected.get_ydata()[-1] == -13 and rejected.get_linestyle() == "--"
-    axes = plot.frontier_figure(found.compared, found.rewards).axes[0]
-    dots = [tuple(box.lines[0].get_xydata()[0]) for box in axes.containers]
-    assert dots == [(run.result["kl"], run.result["reward"]) for run in found.compared[1:]]
-    notes = [note for note in axes.texts if note.get_text()]
-    assert sorted(note.get_text() for note in notes) == sorted(run.name for run in found.compared[1:])
-    boxes = [note.get_window_extent() for note in notes]
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-
-
-def test_the_report_loads_no_torch():
-    light = "import sys, report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", light], cwd=runs.HOME).returncode == 0
+@pytest.mark.parametrize(("place", "message"), [
+    ("![](figures/course-none.png)\n", "shows a figure none.png, for which"),
+    ("<!-- gammas of course -->\n<!-- end -->", "has a place for a table gammas, which"),
+    ("<!-- runs of course -->\nold\n", "has a place for a table runs, but no <!-- end --> after it"),
+    ("<!-- runs of course -->\n<!-- betas of course -->\n<!-- end -->", "table runs, but no <!-- end --> after it"),
+])
+@pytest.mark.usefixtures("text_only")
+def test_a_place_that_cannot_be_filled_is_said_and_nothing_is_written(folder, pages, capsys, place, message):
+    (pages / "README.md").write_text("<!-- runs of course -->\nold\n<!-- end -->\n(docs/figures/course-dpo.png)\n")
+    (pages / "docs" / "results.md").write_text(place)
+    report.main([str(folder)])
+    with pytest.raises(SystemExit):
+        launch(lambda: fill_in.fill_in(folder, pages))
+    said = capsys.readouterr().err
+    assert f"{pages}/docs/results.md " in said and message in said
+    assert "\nold\n" in (pages / "README.md").read_text() and (pages / "docs" / "results.md").read_text() == place
+    assert not any((pages / "docs" / "figures").iterdir())

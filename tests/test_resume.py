@@ -16,8 +16,7 @@ import pytest
 import torch
 
 import dpo
-import reinforce
-from support import files, runs
+from support import errors, files, runs
 from tests.helpers import SMALL, call, change, finish, log_of, outcome, refusal, rows_of, small, start
 
 KILLS = int(os.environ.get("KILLS", 2))  # of each algorithm
@@ -259,9 +258,9 @@ def test_a_signal_after_the_last_step_is_not_lost(world, whole, tmp_path):
 def stop_after_the_epoch():
     write = runs.Run.checkpoint
 
-    def writing(run, **content):
-        write(run, **content)
-        if content["step"] == 12:
+    def writing(run, step, parts):
+        write(run, step, parts)
+        if step == 12:
             os.kill(os.getpid(), signal.SIGTERM)
 
     runs.Run.checkpoint = writing
@@ -297,11 +296,11 @@ def cut_off(world, tmp_path, monkeypatch):
     def cut(script, step, folder=tmp_path / "run"):
         def failing(run, **row):
             if row.get("step") == step:
-                raise runs.UserError("cut off")
+                raise errors.UserError("cut off")
             log(run, **row)
 
         log, argv = runs.Run.log, small(world, script, folder)
-        with monkeypatch.context() as patch, pytest.raises(runs.UserError, match="cut off"):
+        with monkeypatch.context() as patch, pytest.raises(errors.UserError, match="cut off"):
             patch.setattr(runs.Run, "log", failing)
             call(script, *argv)
         runs.unlock(folder)  # as if this process had ended
@@ -344,7 +343,7 @@ def test_without_a_whole_checkpoint_nothing_is_removed_unasked(whole, cut_off, c
     folder, argv = cut_off("reinforce", 8)
     with monkeypatch.context() as patch:  # short memory says nothing about a checkpoint
         patch.setattr(torch, "load", lambda *_, **__: bytearray(2**62))
-        assert "out of memory; in training try" in refusal("reinforce", *argv, capsys=capsys)
+        assert "out of memory; try a smaller --eval-batch-size" in refusal("reinforce", *argv, capsys=capsys)
     for path in folder.glob("*.pt"):
         path.write_bytes(b"not a checkpoint")
     before = {path: path.read_bytes() for path in folder.iterdir()}
@@ -374,10 +373,10 @@ def test_other_settings_do_not_go_on(world, cut_off, tmp_path, capsys, monkeypat
     said = refusal("reinforce", *argv, "--alpha", 0.2, "--lr", 0.5, capsys=capsys)
     assert "its run was cut off at step 3, but now --" in said and "To go on, undo that; to begin anew, give" in said
     assert "--lr is 0.5, was 0.01" in said and "--alpha is 0.2, was 0.1" in said and "--seed" not in said
-    monkeypatch.setattr(runs, "CODE", ("common.py", "support/fast.py", "dpo.py"))  # as if there had been no reward.py
+    monkeypatch.setattr(runs, "CODE", tuple(name for name in runs.CODE if name != "reward.py"))
     assert "reward.py has changed" in refusal("reinforce", *argv, capsys=capsys)
     monkeypatch.undo()
-    monkeypatch.setattr(reinforce, "pick_device", lambda *_: (torch.device("cpu"), "bf16"))
+    monkeypatch.setattr(runs, "pick_device", lambda *_: (torch.device("cpu"), "bf16"))
     assert "--precision is bf16, was fp32" in refusal("reinforce", *argv, capsys=capsys)
     monkeypatch.undo()
     assert before == {path: path.read_bytes() for path in folder.iterdir()}  # all this has touched nothing
@@ -431,6 +430,45 @@ def test_a_finished_run_is_not_gone_on_from(whole, cut_off, capsys):
     (folder / "checkpoint.pt").write_bytes(kept)
     call("reinforce", *argv, "--overwrite")
     assert "goes on" not in capsys.readouterr().out and outcome(folder) == whole["reinforce"][0]
+
+
+OLD_FILES = ("common.py", "families.py", "fast.py", "ranks.py", "reward.py", "reinforce.py")
+
+
+def test_a_checkpoint_of_the_code_as_it_was_before_files_moved_is_refused_in_a_line(whole, cut_off, capsys):
+    folder, argv = cut_off("reinforce", 5)
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    kept = {name: value for name, value in content["settings"].items() if not name.endswith(".py")}
+    content["settings"] = {**{name: 1234 for name in OLD_FILES}, **kept}
+    torch.save(content, folder / "checkpoint.pt")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    said = refusal("reinforce", *argv, capsys=capsys)
+    assert "its run was cut off at step 3, but now common.py has changed, families.py has changed, fast.py has" in said
+    assert "support/loading.py has changed, " in said
+    assert " has changed. To go on, undo that; to begin anew, give --overwrite or another folder" in said
+    assert "--" not in said.partition("but now")[2].partition(". To go on")[0]  # all flags are the same
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    call("reinforce", *argv, "--overwrite")
+    assert "goes on" not in capsys.readouterr().out and outcome(folder) == whole["reinforce"][0]
+
+
+def test_a_finished_run_of_the_code_as_it_was_before_files_moved_is_only_replaced_if_asked(
+        world, whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    argv = small(world, "reinforce", folder)
+    about = {"script": "reinforce.py", "flags": {"out": str(folder), "micro_batch": None, "alpha": 0.1},
+             "versions": {"torch": "2.9.0"}, "device": "cpu", "hardware": "abacus, 2 threads", "precision": "fp32",
+             "commit": None}
+    rows = [{"step": 1, "loss": 1.0, "reward": 0.5, "kl": 0.0, "grad_norm": 1.0, "tokens_per_second": 9.0}]
+    shutil.copytree(world / "policy", folder / "model")
+    for name, text in (("config.json", about), ("metrics.jsonl", rows[0]), ("eval.json", {"reward": 0.5})):
+        (folder / name).write_text(json.dumps(text))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    said = refusal("reinforce", *argv, capsys=capsys)
+    assert f"--out {folder} holds a finished run; give another folder or --overwrite" in said
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    call("reinforce", *argv, "--overwrite")
+    assert outcome(folder) == whole["reinforce"][0]
 
 
 def test_two_processes_do_not_write_into_one_folder(world, tmp_path, capsys):

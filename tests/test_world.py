@@ -1,4 +1,4 @@
-"""The offline world and the demo that runs in it."""
+"""The toy world and the demo that runs in it."""
 
 import itertools
 import json
@@ -14,11 +14,9 @@ import pytest
 import torch
 
 import demo.world
-import dpo
-import reward
 from demo import grammar
-from support import families, runs
-from tests.helpers import TINY, rows_of
+from support import command, encoding, files, loading
+from tests.helpers import TINY, arguments, pair, rows_of
 
 
 def test_the_probability_of_a_review_is_exact(monkeypatch):
@@ -32,7 +30,7 @@ def test_the_probability_of_a_review_is_exact(monkeypatch):
     rng, tallies, counts = random.Random(0), {}, Counter()
     for n in range(20_000):
         tally = Counter()
-        text = grammar.write("review", grammar.SHARES[n % 2], rng, tally)
+        text = grammar.expand("review", grammar.SHARES[n % 2], rng, tally)
         tallies[text] = tally
         counts[text] += 1
     exact = {text: math.exp(grammar.log_probability(tally)) for text, tally in tallies.items()}
@@ -85,29 +83,30 @@ def test_the_worlds_files_are_like_the_courses(world):
     assert not {row["text"] for row in rows["train"]} & {row["text"] for row in rows["test"]}
     assert len({row["text"] for row in rows["train"]}) == 80
     pairs = [rows_of(world / "pairs" / f"{split}.jsonl") for split in ("train", "test")]
-    assert [len(split) for split in pairs] == [20, 7] and all(tuple(row) == dpo.COLUMNS for row in pairs[0] + pairs[1])
+    assert [len(split) for split in pairs] == [20, 7]
+    assert all(tuple(row) == tuple(pair(0)) for row in pairs[0] + pairs[1])
     assert not {str(row) for row in pairs[0]} & {str(row) for row in pairs[1]}
-    scorer = reward.load_scorer(str(world / "reward_model"), torch.device("cpu"))
+    scorer = loading.load_scorer(arguments(reward_model=world / "reward_model"), torch.device("cpu"))
     assert scorer.model.config.model_type == "distilbert" and scorer.positive == 1
 
 
 def test_the_worlds_tokenizers_read_anything(world):
-    policy = families.load_tokenizer("--policy", str(world / "policy"))
+    policy = loading.load_tokenizer("--policy", str(world / "policy"))
     texts = ["The script is superb.", "An unseen wörd 🎬\n<br />!", ""]
-    assert [policy.decode(ids) for ids in families.encode(policy, texts)] == texts
-    assert len(families.encode(policy, texts)[0]) == 5  # four words and a full stop
-    scorer = families.load_tokenizer("--reward-model", str(world / "reward_model"))
+    assert [policy.decode(ids) for ids in encoding.encode(policy, texts)] == texts
+    assert len(encoding.encode(policy, texts)[0]) == 5  # four words and a full stop
+    scorer = loading.load_tokenizer("--reward-model", str(world / "reward_model"))
     assert scorer.tokenize("The script qux") == ["the", "script", "q", "##u", "##x"]
 
 
-def test_both_models_learn(tmp_path):
+def test_both_models_learn_and_draw_no_bar_where_there_is_no_terminal(tmp_path, capsys):
     """In a world of 400 reviews, a few seconds. A policy that knows nothing has the vocabulary as perplexity."""
     size = TINY._replace(reviews=400, test_reviews=100, policy_width=64)
     found = demo.world.make_world(tmp_path / "world", size)
     assert 1 < found["grammars_perplexity"] < 3 and found["grammars_perplexity"] < found["perplexity"] < 100, found
     assert 0.5 < found["accuracy_of_cuts"] <= 1 and found["accuracy"] > 0.6 < found["best_accuracy"], found
     again = demo.world.make_world(tmp_path / "again", size)
-    assert again == found
+    assert again == found and not capsys.readouterr().err
     for name in ("prompts/test.jsonl", "pairs/train.jsonl", "policy/model.safetensors"):
         assert (tmp_path / "world" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -144,14 +143,14 @@ def test_a_world_is_there_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     found |= {"policy_parameters": 1, "reward_model_parameters": 1, "accuracy_of_cuts": 0.5}
     monkeypatch.setattr(demo.world, "make_world", make)
     with pytest.raises(SystemExit) as stopped:
-        runs.launch(lambda: demo.world.main(["--out", str(out)]))
+        command.launch(lambda: demo.world.main(["--out", str(out)]))
     assert stopped.value.code == 130 and "interrupted" in capsys.readouterr().err and not out.exists()
     demo.world.main(["--out", str(out)])
     assert sorted(path.name for path in out.parent.iterdir()) == ["one"]
     assert {path.name for path in out.iterdir()} == {"prompts", "world.json"}
     for again, message in ((out, "is there already; remove it (rm -r"), (out / "world.json" / "x", "cannot be")):
         with pytest.raises(SystemExit):
-            runs.launch(lambda again=again: demo.world.main(["--out", str(again)]))
+            command.launch(lambda again=again: demo.world.main(["--out", str(again)]))
         assert message in capsys.readouterr().err
 
 
@@ -161,11 +160,11 @@ def test_make_demo_runs_what_is_missing_and_nothing_else(world, tmp_path):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     folder = tmp_path / "toy"
 
-    def make(*more, python=sys.executable):
+    def make(*more, goal="demo"):
         flags = "--eval-limit 6 --limit 16 --device cpu"
-        given = [f"RUNS={folder}", f"WORLD={world}", f"PYTHON={python}", f"FLAGS={flags}", "DPO_FLAGS=--epochs 1"]
-        command = ["make", "--no-print-directory", "demo", *given, *more]
-        return subprocess.run(command, capture_output=True, text=True, env=clean, cwd=runs.HOME)
+        given = [f"RUNS={folder}", f"WORLD={world}", f"PYTHON={sys.executable}", f"FLAGS={flags}"]
+        command = ["make", "--no-print-directory", goal, *given, "DPO_FLAGS=--epochs 1", *more]
+        return subprocess.run(command, capture_output=True, text=True, env=clean, cwd=files.HOME)
 
     first = make()
     assert first.returncode == 0, first.stderr
@@ -181,21 +180,24 @@ def test_make_demo_runs_what_is_missing_and_nothing_else(world, tmp_path):
     config = json.loads((folder / "samples-32" / "config.json").read_text())["flags"]
     assert (config["samples_per_prompt"], config["eval_limit"]) == (32, 500)  # not the 6 of FLAGS
 
-    def planned(*more):
-        lines = make("-n", *more).stdout.replace("\\\n", "").splitlines()
-        return [line for line in lines if ".py" in line or " -m " in line]
+    def planned(*more, goal="demo"):
+        lines = make("-n", *more, goal=goal).stdout.replace("\\\n", "").splitlines()
+        return [line for line in lines if line.startswith(sys.executable)]
 
     assert [line.split()[2:4] for line in planned()] == [["report.report", str(folder)]]  # nothing is run again
     (folder / "alpha-0" / "eval.json").unlink()  # as if it had been cut off in its evaluation
     again = planned()
-    assert len(again) == 2 and "reinforce.py" in again[0] and "--alpha 0 " in again[0] and "report.report" in again[1]
-    assert [line.split()[2:4] for line in planned("report")] == [["report.report", str(folder)]]  # and only that
+    assert len(again) == 2 and "report.report" in again[1]
+    assert "reinforce.py" in again[0] and "--alpha 0 " in again[0]
+    assert [line.split()[2:4] for line in planned(goal="demo-report")] == [["report.report", str(folder)]]
     more = "\n".join(planned("MORE=loo-0.3 beta-0.5-lr-1e-3"))
-    assert "--advantage loo --alpha 0.3" in more and "--beta 0.5 --lr 1e-3" in more
-    sweep = planned("sweep", "ALPHAS=0 7", "BETAS=0.1 3")
+    assert "--alpha 0.3 --advantage loo" in more and "--beta 0.5 --lr 1e-3" in more
+    sweep = planned("ALPHAS=0 7", "BETAS=0.1 3", goal="demo-sweep")
     assert [re.search(r"--(alpha|beta) (\S+)", line)[2] for line in sweep[:-1]] == ["0", "7", "3"]
     assert "report.report" in sweep[-1] and "alpha-7" in sweep[-1]
-    seeds = [line for line in planned("seeds", "SEEDS=5") if "report.report" not in line]
+    seeds = [line for line in planned("SEEDS=5", goal="demo-seeds") if "report.report" not in line]
     assert all("seed-5" in line and "--seed 5" in line for line in seeds[1:]) and len(seeds) == 5  # alpha-0, and four
-    together = make("baseline")
-    assert together.returncode != 0 and "in the small world there are only" in together.stderr
+    assert len([line for line in first.stdout.splitlines() if line.startswith(f"{folder}/") and " " not in line]) == 5
+    assert "--alpha" not in first.stdout  # a run's folder and not its command
+    together = make("sweep")  # of the toy world? of the course?
+    assert together.returncode != 0 and "demo goes alone; there are demo-sweep" in together.stderr
