@@ -110,6 +110,8 @@ def main(folder="runs/toy"):
     measured = {run.name: run for run in load_runs(folder / "broken-measured") if run.result}
     for flag, name in HEALTHY.items():
         own, some = healthy.get(name), [run for run in broken if flag in run.flags]
+        if broken and not some:  # with BROKEN_DPO= there are none of that kind
+            continue
         if not own or not some or not all(run.result for run in (own, *some)):
             raise UserError(f"{folder} lacks {name}, or finished runs in broken/: make broken makes them")
         figure = broken_reinforce(own, some) if flag == "alpha" else broken_dpo(own, some, measured)
