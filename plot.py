@@ -85,7 +85,7 @@ def dpo_figure(runs):
         axes.axhline(math.log(2), color="grey", linestyle="--", linewidth=1, label="ln 2: policy = reference")
         axes.set(xlabel="step", ylabel="DPO loss", title=run.name)
         axes.ticklabel_format(axis="y", useOffset=False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3 if columns > 2 else 2)
     return figure
 
 

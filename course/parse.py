@@ -234,8 +234,8 @@ def define(node, namespace, notes, path):
                      and is_plain(part.value, namespace)]
         node.body = [*constants, *functions] or [ast.Pass()]
     for function in functions:  # a default is executed with its definition, so it must be a constant, too
-        keep = lambda name, value: value if is_plain(value, namespace) else standing_for(name, value, namespace)  # noqa: E731
-        bare(function, keep)
+        bare(function, lambda name, value: (
+            value if is_plain(value, namespace) else standing_for(name, value, namespace)))
     try:
         run_statement(node, namespace, path)
         lost = isinstance(namespace[node.name], MagicMock) and "its decorator is not there"

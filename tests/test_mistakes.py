@@ -7,6 +7,7 @@ import copy
 import importlib
 import itertools
 import re
+import shutil
 import sys
 
 import pytest
@@ -158,6 +159,9 @@ def test_broken_runs_are_drawn_and_tabulated_with_what_was_measured_without_the_
     assert all((tmp_path / f"broken-{name}.png").stat().st_size < 60_000 for name in ("reinforce", "dpo"))
     with pytest.raises(UserError, match="make broken makes them"):
         broken.main(tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "dpo-prompt-scored")
+    broken.main(tmp_path)  # as with BROKEN_DPO=: there is nothing of that kind to draw
+    assert "`sign`" in capsys.readouterr().out
 
 
 def test_make_broken_names_mistakes_that_there_are():
