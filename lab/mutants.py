@@ -29,7 +29,7 @@ FUNCTIONS = [f"{module}.{name}" for module, names in {
     "reinforce": ("reinforce_loss", "leave_one_out"),
     "dpo": ("dpo_loss", "make_pair", "collate", "pair_logps", "accuracy", "batch_means"),
     "support.ranks": ("rank_slice", "micro_batches"),
-    "support.loading": ("split_completions", "widths"),
+    "support.loading": ("split_completions", "after_prompt", "widths"),
 }.items() for name in names]
 EQUIVALENTS = Path(__file__).with_name("equivalents.txt")
 LINE = "{:33} {:>7} {:>8} {:>11} {:>9}"

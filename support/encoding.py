@@ -9,7 +9,7 @@ SPARE = 8  # tokens before a cut that are not trusted
 
 def encode(tokenizer, texts):
     """List of str -> list of lists of ids, nothing added. A literal <|endoftext|> stays text, no end token."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
 
 def opening(tokenizer):

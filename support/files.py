@@ -75,8 +75,7 @@ def commit():
     """The commit that this code is at, with -dirty if it was changed since; None where git can't tell."""
     command = ["git", "-C", str(HOME), "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError):
-        found = subprocess.run(command, capture_output=True, text=True)
-        return found.stdout.strip() or None
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def fingerprint(value):

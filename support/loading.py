@@ -19,6 +19,8 @@ from support.errors import UserError
 from support.families import check_forecasts, end_token, fit_padding, head_name, most_words, positions
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # no writer types them
+REPEAT = "repeat their prompt, which is taken off"
+PUT_IN = "after a space, put in as no completion begins with one"
 
 
 @contextlib.contextmanager
@@ -130,10 +132,7 @@ def load_scorer(args, device):
     """--reward-model, a sentiment classifier -> Scorer."""
     flag, name = "--reward-model", args.reward_model
     model = load_model(AutoModelForSequenceClassification, "a classifier", flag, name, device)
-    try:
-        positive = positive_index(model.config.id2label, args.positive_label)
-    except ValueError as error:
-        raise UserError(f"{flag} {name}: {error}; name one with --positive-label") from None
+    positive = positive_index(model.config.id2label, args.positive_label, f"{flag} {name}")
     tokenizer = load_tokenizer(flag, name)
     with loading(flag, name, "a classifier"):
         fit_padding(model, tokenizer)
@@ -141,19 +140,21 @@ def load_scorer(args, device):
     return Scorer(model, tokenizer, positive)
 
 
-def positive_index(id2label, wanted=None):
-    """{index: label name} -> index of the label `wanted`, else of the positive one; ValueError if unclear.
+def positive_index(id2label, wanted=None, source="--reward-model"):
+    """{index: label name} -> index of the label `wanted`, else of the positive one; UserError if unclear.
 
-    A single label must be the positive one, too, or the one wanted: its logit says how likely that is.
+    Beside "very positive" it is unclear. A single label must be the positive one, too, or the one wanted: its logit
+    says how likely that is.
     """
     names = {index: str(label).casefold() for index, label in id2label.items()}
-    accepted = [wanted.casefold()] if wanted else ["positive", "pos"]
+    sounding = [name for name in names.values() if re.search("positive|(?<![a-z])pos(?![a-z])", name)]
+    accepted = [wanted.casefold()] if wanted else sounding if sounding in (["positive"], ["pos"]) else []
     if not wanted and sorted(names.values()) in (["label_0"], ["label_0", "label_1"]):
         accepted = [f"label_{len(names) - 1}"]  # the course's model, and those with a single logit
     found = [index for index, name in names.items() if name in accepted]
     if len(found) != 1:
-        labels = ", ".join(map(str, id2label.values()))
-        raise ValueError(f"cannot tell which of the labels {labels} is {wanted or 'positive'}")
+        unclear = f"which of the labels {', '.join(map(str, id2label.values()))} is {wanted or 'positive'}"
+        raise UserError(f"{source}: cannot tell {unclear}; name one with --positive-label")
     return found[0]
 
 
@@ -182,26 +183,23 @@ def load_pairs(args, tokenizer, order, make_pair):
     """--pairs -> {"train": list, "test": list} of what make_pair makes of the ids of prompt, chosen and rejected;
     --limit of them, shuffled by the torch.Generator `order`, and the first --eval-limit.
 
-    Prompt and completion are encoded apart: a token of the joined text could straddle their border, and no
-    mask could then tell one from the other. Rows of which make_pair makes None are left out, and counted.
+    Prompt and completion are encoded apart: a token of the joined text could straddle their border, and no mask could
+    then tell one from the other. Rows of which make_pair makes None, or two equal sides, are left out and counted.
     """
-    columns = ("prompt", "positive_completion", "negative_completion")
-    train, test = (load_columns("--pairs", args.pairs, split, columns) for split in ("train", "test"))
-    prompts, chosen, rejected = (train[column] + test[column] for column in range(3))
-    chosen, rejected, layout = split_completions(prompts, chosen, rejected)
-    print(f"pairs: {layout}")
-    first = opening(tokenizer)  # a bos, or nothing
-    prompts = [ids and first + ids for ids in encode(tokenizer, prompts)]
-    pairs = list(map(make_pair, prompts, encode_after(tokenizer, chosen), encode_after(tokenizer, rejected)))
-    splits = {"train": pairs[: len(train[0])], "test": pairs[len(train[0]) :]}
-    for split, rows in splits.items():
-        splits[split] = [pair for pair in rows if pair]
-        why = "an empty text, another layout, or no room under --max-len"
-        print(f"{split} pairs: {len(splits[split])} of {len(rows)}; {rows.count(None)} left out ({why})")
-        if not splits[split]:
-            raise UserError(f"--pairs {args.pairs}: no {split} pair is left: each has {why}")
-    subset = torch.randperm(len(splits["train"]), generator=order)[: args.limit]
-    return {"train": [splits["train"][row] for row in subset], "test": splits["test"][: args.eval_limit]}
+    first, pairs = opening(tokenizer), {}  # a bos, or nothing
+    for split in ("train", "test"):
+        columns = load_columns("--pairs", args.pairs, split, ("prompt", "positive_completion", "negative_completion"))
+        prompts, chosen, rejected, layout = split_completions(*columns, f"--pairs {args.pairs}, split {split}")
+        prompts = [ids and first + ids for ids in encode(tokenizer, prompts)]
+        rows = list(map(make_pair, prompts, encode_after(tokenizer, chosen), encode_after(tokenizer, rejected)))
+        pairs[split] = [pair for pair in rows if pair and pair.chosen != pair.rejected]  # equal: no gradient
+        equal = len(rows) - rows.count(None) - len(pairs[split])
+        why = f"{rows.count(None)} with an empty text or no room under --max-len, {equal} with two equal sides"
+        print(f"{split} pairs: {len(pairs[split])} of {len(rows)}; left out: {why}\n  {layout}")
+        if not pairs[split]:
+            raise UserError(f"--pairs {args.pairs}: no {split} pair is left; left out: {why}")
+    subset = torch.randperm(len(pairs["train"]), generator=order)[: args.limit]
+    return {"train": [pairs["train"][row] for row in subset], "test": pairs["test"][: args.eval_limit]}
 
 
 def widths(pairs):
@@ -212,9 +210,8 @@ def widths(pairs):
 def like_lengths(lengths, batch_size, order, window=50):
     """(n,) -> list of LongTensors: batches of rows in random order, those of a batch of like length.
 
-    All rows are shuffled by the Generator `order`; each `window` batches' worth of them is then sorted by
-    length and cut into batches, and the batches are shuffled. So a batch holds little padding, and the long
-    rows come at no particular time.
+    All rows are shuffled by the Generator `order`; each `window` batches' worth of them is then sorted by length and
+    cut into batches, and the batches are shuffled. So a batch holds little padding, and long rows come at any time.
     """
     batches = []
     for rows in torch.randperm(len(lengths), generator=order).split(window * batch_size):
@@ -222,24 +219,40 @@ def like_lengths(lengths, batch_size, order, window=50):
     return [batches[index] for index in torch.randperm(len(batches), generator=order)]
 
 
-def split_completions(prompts, chosen, rejected):
-    """Three lists of str -> chosen, rejected, now just what follows the prompt, and a sentence on the layout.
+def split_completions(prompts, chosen, rejected, source):
+    """Three lists of str -> prompts, chosen and rejected, now just what follows the prompt; a sentence on the layout.
 
-    Two layouts, decided once for all rows. Completions that repeat the prompt lose it ("" where a row does
-    not follow). Others continue it as they stand, or after a space if the data set never writes one itself.
+    A completion that begins with its prompt repeats it, and loses it; any other one continues it. But a prompt of one
+    word may begin its continuation by chance: UserError with the row (of `source`) if one side alone has it, and does
+    not have it in all rows. White space at a prompt's end becomes the completions': tokens begin with their space.
     """
-    rows = list(zip(prompts, chosen, rejected, strict=True))
-    repeats = [c.startswith(p) and r.startswith(p) for p, c, r in rows]
-    if sum(repeats) > len(rows) / 2:
-        texts = [(c[len(p) :], r[len(p) :]) if repeats[row] else ("", "") for row, (p, c, r) in enumerate(rows)]
-        layout = "completions repeat their prompt, which is taken off"
-    elif any(p[-1:].isspace() or c[:1].isspace() or r[:1].isspace() for p, c, r in rows):
-        texts = [(c, r) for _, c, r in rows]
-        layout = "completions continue their prompt as they stand"
-    else:
-        texts = [(c and " " + c, r and " " + r) for _, c, r in rows]
-        layout = "no text has a space where prompt and completion meet, so one is put in"
-    return [c for c, _ in texts], [r for _, r in texts], layout
+    texts, repeats, layouts = [], [], []
+    space = "" if any(re.match(r"\s+\S", text) for text in (*chosen, *rejected)) else " "  # for both sides alike
+    for side in (chosen, rejected):
+        found = [after_prompt(prompt, text, space) for prompt, text in zip(prompts, side, strict=True)]
+        ways = [way for _, way in found]
+        texts.append([text if text.strip() else "" for text, _ in found])
+        repeats.append([way == REPEAT for way in ways])
+        layouts.append(", ".join(f"{ways.count(way)} of {len(ways)} {way}" for way in sorted(set(ways))))
+    told = any(map(all, repeats))  # one side does in all rows
+    for row, prompt in enumerate(prompts):
+        if repeats[0][row] != repeats[1][row] and len(prompt.split()) == 1 and not told:
+            sides = f"of {chosen[row]!r:.40} and {rejected[row]!r:.40} only one begins with the prompt {prompt!r:.40}"
+            raise UserError(f"{source}, row {row}: {sides}, and one word may do so by chance: let both begin with it, "
+                            "or take the row out; rows count from 0")
+    layout = "completions: {}" if layouts[0] == layouts[1] else "chosen completions: {}; rejected ones: {}"
+    return [prompt.rstrip() for prompt in prompts], *texts, layout.format(*layouts)
+
+
+def after_prompt(prompt, completion, space):
+    """-> what follows the prompt's last word, and the way it does: after `space` if there is no white space."""
+    words, text = prompt.strip(), completion.lstrip()
+    if words and text.startswith(words):
+        return text.removeprefix(words), REPEAT
+    text = prompt[len(prompt.rstrip()) :] + completion
+    if text[:1].isspace():
+        return text, "continue their prompt after white space"
+    return space + text, f"continue their prompt {PUT_IN if space else 'without white space'}"
 
 
 def load_columns(flag, name, split, columns):
@@ -256,10 +269,10 @@ def load_columns(flag, name, split, columns):
         splits = datasets.load_dataset(name)
     if split not in splits:
         raise UserError(f"{flag} {name} has no split {split!r}; it has {', '.join(splits)}")
+    source, there = f"{flag} {name}, split {split}", splits[split].column_names
     for column in columns:
-        if column not in splits[split].column_names:
-            has = ", ".join(splits[split].column_names)
-            raise UserError(f"{flag} {name}, split {split}, has no column {column!r}; it has {has}")
+        if column not in there:
+            raise UserError(f"{source}, has no column {column!r}; it has {', '.join(there)}")
     with loading(flag, name, "a data set"):
         texts = [splits[split][column][:] for column in columns]
         rows = json_rows(name, split)
@@ -268,11 +281,10 @@ def load_columns(flag, name, split, columns):
         for row, value in enumerate(given):
             if not isinstance(value, str):
                 kind = "not a text" + (", but missing (so is an empty cell of a csv file)" if value is None else "")
-                where = f"split {split}, row {row}, column {column}"
-                raise UserError(f"{flag} {name}, {where}: {repr(value)[:80]} is {kind}; rows count from 0")
+                raise UserError(f"{source}, row {row}, column {column}: {value!r:.80} is {kind}; rows count from 0")
         if odd := [row for row, value in enumerate(values) if CONTROL.search(value)]:
-            where = f"split {split}, column {column}: {len(odd)} of {len(values)} texts, the first in row {odd[0]}"
-            print(f"{flag} {name}, {where}, hold control characters and are taken as they stand")
+            where = f"{source}, column {column}: {len(odd)} of {len(values)} texts, the first in row {odd[0]}"
+            print(f"{where}, hold control characters and are taken as they stand")
     return texts
 
 

@@ -20,9 +20,8 @@ def pick_device(name, precision):
         raise UserError(f"--device {name} is not here; this machine has {', '.join(there)}")
     device = torch.device(name or there[0])
     claim(device)
-    if precision == "auto":
-        precision = "bf16" if fast_bf16(device) else "fp32"
-    return device, precision
+    fast = "bf16" if fast_bf16(device) else "fp32"
+    return device, fast if precision == "auto" else precision
 
 
 def claim(device):
@@ -40,7 +39,5 @@ def fast_bf16(device):
     """True if the device multiplies in bf16; where it only emulates that, fp32 is faster."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
-    if device.type != "cpu":
-        return False
     processor = getattr(torch.cpu, "get_capabilities", dict)()  # older torch: not known, so fp32
-    return any(processor.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type == "cpu" and any(processor.get(name) for name in ("avx512_bf16", "amx_bf16"))

@@ -123,8 +123,7 @@ class Run:
         self.check()  # again: another process may have been faster
         self.saved = checkpoint.choose(self.folder, self.settings, self.args.overwrite)
         self.clear()
-        if self.saved:
-            about = self.continued(about)
+        about = self.continued(about) if self.saved else about
         write_whole(self.folder / "config.json", to_json(about, indent=2))
         return bool(self.saved)
 

@@ -32,8 +32,7 @@ def summary(rows, k, samples):
     reward, reward_se = mean_and_error([row["reward"] for row in rows], k)
     kl, kl_se = mean_and_error([row["kl"] for row in rows], k)
     if not math.isfinite(reward + kl):
-        said = f"the test reward is {reward}, the KL {kl}"
-        raise FloatingPointError(f"{said}: the policy is broken; try a lower --lr")
+        raise FloatingPointError(f"the test reward is {reward}, the KL {kl}: the policy is broken; try a lower --lr")
     firsts = rows[::k]
     counted = [row["completion"] for row in firsts[:DISTINCT_TEXTS]]
     return {

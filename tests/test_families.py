@@ -547,7 +547,7 @@ def test_each_label_may_name_what_is_rewarded(tmp_path):
 @pytest.mark.parametrize(("labels", "said"), [(["NEGATIVE"], "which of the labels NEGATIVE is positive"),
                                               (["toxic"], "which of the labels toxic is positive")])
 def test_a_single_logit_of_something_else_is_not_taken_for_positive(labels, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         loading.positive_index(dict(enumerate(labels)))
     assert loading.positive_index(dict(enumerate(labels)), labels[0]) == 0
 

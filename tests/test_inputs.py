@@ -47,7 +47,7 @@ def test_hostile_texts_are_trained_on_as_texts_and_shown_harmlessly(world, tmp_p
     said = capsys.readouterr()
     assert "train prompts: 7 of 9 reviews; 2 have fewer than 10 tokens" in said.out
     assert "column text: 1 of 9 texts, the first in row 0, hold control characters" in said.out
-    assert "train pairs: 7 of 9; 2 left out" in said.out
+    assert "train pairs: 7 of 9; left out: 2 with an empty text" in said.out
     report.main([str(out)])
     results = (out / "results.md").read_text()
     shown = said.out + said.err + capsys.readouterr().out + results

@@ -114,15 +114,21 @@ def test_the_mask_covers_the_completions_own_tokens_and_nothing_else(tokenizer, 
         assert attention[row, width - len(prompt) : width + len(own)].all()  # no gap
 
 
-@given(st.lists(st.tuples(texts, texts, texts), min_size=1, max_size=6), st.sampled_from(["", " ", "repeat"]))
-def test_prompt_and_completion_are_joined_as_the_data_set_means_it(rows, layout):
-    start = {"repeat": None, "": "x", " ": " x"}[layout]  # so that the layout is what it says, whatever the texts
-    prompts = [prompt + "." for prompt, _, _ in rows]
-    starts = prompts if layout == "repeat" else [start] * len(rows)
-    chosen, rejected = ([first + row[side] for first, row in zip(starts, rows, strict=True)] for side in (1, 2))
-    found = split_completions(prompts, chosen, rejected)
-    for prompt, given_side, side in zip(prompts * 2, chosen + rejected, found[0] + found[1], strict=True):
-        assert prompt + side == {"repeat": given_side, " ": prompt + given_side, "": f"{prompt} {given_side}"}[layout]
+ends = st.sampled_from(["", " ", "\n\t"])
+rows_of_pairs = st.lists(st.tuples(texts, ends, *[st.tuples(texts, st.booleans())] * 2), min_size=1, max_size=6)
+
+
+@given(rows_of_pairs, st.sampled_from(["", " ", "\n"]))
+def test_prompt_and_completion_are_joined_as_each_row_means_it(rows, gap):
+    """gap: what the data set writes before a completion; ends: what it writes after a prompt."""
+    columns, joined = [], []
+    for start, end, *sides in rows:
+        prompt = f"P{start} y."  # two words, which nothing but a repeat begins with
+        columns.append([prompt + end, *(prompt * repeats + f"{gap}x{text}" for text, repeats in sides)])
+        joined.append([prompt, *(f"{prompt}{gap if repeats else end + gap or ' '}x{text}" for text, repeats in sides)])
+    prompts, *found, _ = split_completions(*zip(*columns, strict=True), "pairs")
+    for prompt, one, other, expected in zip(prompts, *found, joined, strict=True):
+        assert [prompt, prompt + one, prompt + other] == expected
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), batch_size=st.integers(1, 9),

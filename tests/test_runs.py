@@ -370,15 +370,19 @@ def test_positivity_is_the_softmax_of_the_positive_label_row_by_row(world, tmp_p
 
 def test_pairs_are_cut_counted_and_encoded_apart(world, tmp_path, capsys):
     tokenizer = loading.load_tokenizer("--policy", str(world / "policy"))
-    rows = [pair(0), {**pair(1), "prompt": "the film " * 40}, {**pair(2), "negative_completion": ""}]
+    rows = [pair(0), {**pair(1), "prompt": "the film " * 40}, {**pair(2), "negative_completion": ""},
+            {**pair(3), "negative_completion": "Film 3" + pair(3)["positive_completion"]}]  # equal without the prompt
     demo.world.save_rows(tmp_path / "pairs", train=rows, test=rows[:1])
     fitting = functools.partial(dpo.make_pair, eos=tokenizer.eos_token_id, max_len=32)
     order = common.seeded(0, "train subset")
     pairs = loading.load_pairs(arguments(pairs=tmp_path / "pairs"), tokenizer, order, fitting)
     said = capsys.readouterr().out
-    assert "as they stand" in said and "train pairs: 1 of 3; 2 left out (an empty text, another layout" in said
+    left_out = "2 with an empty text or no room under --max-len, 1 with two equal sides"
+    assert f"train pairs: 1 of 4; left out: {left_out}\n  chosen completions: 4 of 4 continue their prompt" in said
+    assert "; rejected ones: 2 of 4 continue their prompt after white space, " in said
     expected = [encoding.encode(tokenizer, [rows[0][column]])[0] for column in pair(0)]
     eos = [tokenizer.eos_token_id]
+    assert encoding.encode(tokenizer, []) == []  # a split may be empty; the library would raise
     assert pairs["train"] == [(expected[0], expected[1] + eos, expected[2] + eos)]
 
 

@@ -6,6 +6,7 @@ import torch
 import common
 import dpo
 from support import ranks
+from support.errors import UserError
 from support.loading import like_lengths, positive_index, split_completions, widths
 from support.statistics import mean_and_error
 
@@ -17,9 +18,12 @@ from support.statistics import mean_and_error
     [
         (["NEGATIVE", "POSITIVE"], None, 1),
         (["positive", "neutral", "negative"], None, 0),
-        (["neg", "pos"], None, 1),
+        (["neg", "neu", "pos"], None, 2),
+        (["opposite", "possible", "pos"], None, 2),
+        (["LABEL_0"], None, 0),
         (["LABEL_0", "LABEL_1"], None, 1),
         (["1 star", "5 stars"], "5 stars", 1),
+        (["POSITIVE", "VERY POSITIVE"], "very positive", 1),
     ],
 )
 def test_positive_is_found_by_its_name(names, wanted, index):
@@ -28,39 +32,105 @@ def test_positive_is_found_by_its_name(names, wanted, index):
 
 @pytest.mark.parametrize(
     ("names", "wanted"),
-    [(["good", "bad"], None), (["LABEL_0", "LABEL_1", "LABEL_2"], None), (["neg", "pos"], "x"), (["pos", "POS"], None)],
+    [
+        (["good", "bad"], None),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], None),
+        (["neg", "pos"], "x"),
+        (["pos", "POS"], None),
+        (["pos", "POS"], "pos"),
+        (["pos", "positive"], None),
+        (["POSITIVE", "VERY POSITIVE"], None),
+        (["negative", "positive", "positive_review"], None),
+        (["neg", "pos", "very_pos"], None),
+        (["positive", "not positive"], None),
+        (["negative review", "positive review"], None),
+        (["1 star", "5 stars"], None),
+    ],
 )
 def test_positive_is_not_guessed(names, wanted):
-    with pytest.raises(ValueError, match=f"which of the labels {', '.join(names)} is {wanted or 'positive'}"):
+    with pytest.raises(UserError, match=f"which of the labels {', '.join(names)} is {wanted or 'positive'}"):
         positive_index(dict(enumerate(names)), wanted)
 
 
 # ---- where prompt and completion meet ----------------------------------------------------------------------
 
 
-def test_completions_that_repeat_the_prompt_lose_it():
-    prompts = ["I saw", "We saw", "It is"]
-    texts = ["I saw it.", "We saw it.", "is good"], ["I saw no.", "We saw no.", "It is bad"]
-    chosen, rejected, layout = split_completions(prompts, *texts)
-    assert layout == "completions repeat their prompt, which is taken off"
-    assert chosen == [" it.", " it.", ""]  # the third row follows no layout: its completion can't be told
-    assert rejected == [" no.", " no.", ""]
+AFTER, WITHOUT = "continue their prompt after white space", "continue their prompt without white space"
+PUT_IN = "continue their prompt after a space, put in as no completion begins with one"
+REPEAT = "repeat their prompt, which is taken off"
 
 
-def test_completions_that_bring_their_own_space_stand_as_they_are():
-    for texts in ([" good", ", good"], ["bad", "bad"]), (["good", "fine"], ["bad", " bad"]):  # one space in all
-        chosen, rejected, layout = split_completions(["I saw", "We saw"], *texts)
-        assert layout == "completions continue their prompt as they stand"
-        assert [chosen, rejected] == [texts[0], texts[1]]
-    chosen, _, layout = split_completions(["I saw ", "We saw"], ["it", "it"], ["no", "no"])
-    assert layout == "completions continue their prompt as they stand" and chosen == ["it", "it"]
+def split(*columns):
+    """Rows of prompt, chosen, rejected -> what split_completions makes of them: such rows again, and the sentence."""
+    *columns, layout = split_completions(*map(list, zip(*columns, strict=True)), "--pairs x, split train")
+    return list(zip(*columns, strict=True)), layout
 
 
-def test_half_of_the_rows_are_not_enough_to_say_that_completions_repeat_the_prompt():
-    # "It" begins its own completion by chance: taken off, it would leave a text that is none.
-    texts = ["It was", " it."], ["Itself", " no."]
-    chosen, rejected, layout = split_completions(["It", "We saw"], *texts)
-    assert [chosen, rejected] == [texts[0], texts[1]] and "as they stand" in layout
+@pytest.mark.parametrize(
+    ("prompt", "completion", "rest"),
+    [
+        ("A film", "A film is good", " is good"),
+        ("A film", "A film, good", ", good"),
+        ("A film", "A films", "s"),  # a prompt may be cut anywhere
+        ("A film \t", "A film\nis good", "\nis good"),
+        ("A film ", "A film is good", " is good"),
+        (" A film\n", "\tA film. ", ". "),
+        ("Film", "Film is good", " is good"),  # one word, but both sides begin with it
+        ("A film", "A film", ""),
+        ("A film ", "A film \n", ""),  # nothing but white space is left
+    ],
+)
+def test_a_completion_that_repeats_its_prompt_loses_it_but_for_white_space(prompt, completion, rest):
+    assert split((prompt, completion, completion)) == (
+        [(prompt.rstrip(), rest, rest)], f"completions: 1 of 1 {REPEAT}")
+
+
+def test_white_space_at_a_prompts_end_becomes_the_completions():
+    rows = [("I saw ", "it", "no"), ("I saw\n\n", " it", " "), ("I saw", " it", " no"), (" ", " it", "no")]
+    found = [("I saw", " it", " no"), ("I saw", "\n\n it", ""), ("I saw", " it", " no"), ("", "  it", " no")]
+    assert split(*rows) == (found, f"completions: 4 of 4 {AFTER}")
+
+
+def test_each_side_of_each_row_is_read_for_itself():
+    repeats, continues = ("A film", "A film is a joy", "A film is a bore"), ("A film", " is a joy", " is a bore")
+    found = ("A film", " is a joy", " is a bore")
+    assert split(repeats, *[continues] * 3) == (
+        [found] * 4, f"completions: 3 of 4 {AFTER}, 1 of 4 {REPEAT}")
+    first, second = ("A film", repeats[1], continues[2]), ("A film", continues[1], repeats[2])
+    assert split(first, first) == (
+        [found] * 2, f"chosen completions: 2 of 2 {REPEAT}; rejected ones: 2 of 2 {AFTER}")
+    assert split(first, first, second) == (
+        [found] * 3, f"chosen completions: 1 of 3 {AFTER}, 2 of 3 {REPEAT}; "
+                     f"rejected ones: 2 of 3 {AFTER}, 1 of 3 {REPEAT}")
+
+
+def test_a_space_is_put_in_where_no_completion_begins_with_one():
+    # Neither white space at a prompt's end nor an empty completion says that completions bring their own.
+    rows = [("I saw", "good", "bad"), ("I saw ", "fine", " "), ("I saw", "", ", no"), ("A film", "A film is", "A film")]
+    found = [("I saw", " good", " bad"), ("I saw", " fine", ""), ("I saw", "", " , no"), ("A film", " is", "")]
+    assert split(*rows) == (
+        found, f"completions: 2 of 4 {PUT_IN}, 1 of 4 {AFTER}, 1 of 4 {REPEAT}")
+    rows[2] = ("I saw", "", " no")  # now one does: all stand as they are, on both sides
+    found[0], found[2] = ("I saw", "good", "bad"), ("I saw", "", " no")
+    assert split(*rows) == (found, f"chosen completions: 1 of 4 {AFTER}, 2 of 4 {WITHOUT}, 1 of 4 {REPEAT}; "
+                                   f"rejected ones: 2 of 4 {AFTER}, 1 of 4 {WITHOUT}, 1 of 4 {REPEAT}")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1)])  # the chosen one begins with it, or the rejected one
+def test_one_word_that_begins_one_side_alone_is_refused(order):
+    def rows(*given):
+        return [tuple(row[column] for column in order) for row in given]
+
+    word, other = ("It", "It was so", " it is"), ("A film", " is", " was")
+    with pytest.raises(UserError) as refused:
+        split(*rows(other, word, other))
+    one, two = word[order[1]], word[order[2]]
+    assert str(refused.value) == (
+        f"--pairs x, split train, row 1: of {one!r} and {two!r} only one begins with the prompt 'It', and one word may "
+        "do so by chance: let both begin with it, or take the row out; rows count from 0")
+    # Where that side begins with its prompt in all rows it is no chance.
+    found, _ = split(*rows(("A film", "A film is", " was"), word))
+    assert found == rows(("A film", " is", " was"), ("It", " was so", " it is"))
 
 
 @pytest.mark.parametrize("missing", range(3))
@@ -68,13 +138,7 @@ def test_columns_of_unequal_length_are_refused(missing):
     columns = [["I saw", "We saw"], ["good", "good"], ["bad", "bad"]]
     columns[missing].pop()
     with pytest.raises(ValueError, match="zip"):
-        split_completions(*columns)
-
-
-def test_a_space_is_put_in_where_the_data_never_has_one():
-    chosen, rejected, layout = split_completions(["I saw", "We saw"], ["good", ""], ["bad", "bad"])
-    assert layout == "no text has a space where prompt and completion meet, so one is put in"
-    assert chosen == [" good", ""] and rejected == [" bad", " bad"]
+        split_completions(*columns, "pairs")
 
 
 # ---- which rows make a batch -------------------------------------------------------------------------------
