@@ -11,15 +11,12 @@ LOOS = 0.02
 BETAS = 0.1 0.25 0.4 0.5 0.1-lr-5e-5
 SEEDS = 1 2
 SAMPLES = samples-32
-# Processes for each run, on as many GPUs, or CPUs (torchrun); empty: one.
-RANKS =
-# Hub names or local folders; empty: the names that the course uses.
-POLICY =
+RANKS =  # processes for each run, on as many GPUs, or CPUs (torchrun); empty: one
+POLICY =  # hub names or local folders; empty: the names that the course uses
 REWARD_MODEL =
 PROMPTS =
 PAIRS =
-# Added to the flags of every script, of reinforce.py, of dpo.py.
-FLAGS =
+FLAGS =  # added to the flags of every script, of reinforce.py, of dpo.py
 REINFORCE_FLAGS =
 DPO_FLAGS =
 
@@ -35,10 +32,7 @@ flag = $(if $2,$1 "$2")
 MAIN = baseline alpha-0 alpha-$(ALPHA) beta-$(BETA)
 NEEDED = $(VENV)
 include $(SETTINGS)  # of the toy world: demo/demo.mk
-ifneq ($(words $(RUNS)),1)
-$(error RUNS is "$(RUNS)": make needs one path without white space here; --out of the scripts takes any path)
-endif
-
+$(if $(filter 1,$(words $(RUNS))),,$(error RUNS is "$(RUNS)": make needs one path without white space; --out takes any))
 SWEEP = $(MAIN) $(ALPHAS:%=alpha-%) $(LOOS:%=loo-%) $(BETAS:%=beta-%) $(SAMPLES)
 REPORT = @$(PYTHON) -m report.report $(RUNS)
 TOY = --no-print-directory SETTINGS=demo/demo.mk
@@ -51,7 +45,8 @@ $(if $(V),,@)$(strip $(PYTHON) $(if $(RANKS),-m torch.distributed.run --standalo
     --out $(@D))
 endef
 
-.PHONY: help demo baseline reinforce dpo sweep seeds samples report broken check test lint mutants bench readme venv clean
+.PHONY: help demo baseline reinforce dpo sweep seeds samples report broken check diff notebook test lint mutants bench \
+        readme venv clean
 .PRECIOUS: $(RUNS)/%/eval.json  # written whole: an interrupted make must not delete them
 
 help: ## list the targets (this)
@@ -97,9 +92,16 @@ $(RUNS)/samples-%/eval.json: | $(NEEDED)
 	$(call run,reward.py $(MODELS) $(FLAGS) --samples-per-prompt $* --eval-limit 500)
 
 ##@ Read your own solution
-check: | $(VENV) ## what is right and wrong in a solution of the course: make check SOLUTION=A3.py
-	@test -n "$(SOLUTION)" || { echo "error: which file? make check SOLUTION=path/to/A3.py" >&2; exit 1; }
-	@$(PYTHON) -m course.check "$(SOLUTION)" $(FLAGS)
+# Names of files are data: neither make nor the shell reads them, they go through the environment as they are.
+$(foreach name,SOLUTION HTML REFERENCE,$(eval override $(name) := $$(value $(name))))
+export SOLUTION HTML REFERENCE
+given = $(if $(SOLUTION),,$(error which one? make $@ SOLUTION=path/to/A3.ipynb, or a folder))
+check: | $(VENV) ## what is right and wrong in a solution of the course, or a folder of them: SOLUTION=A3.ipynb
+	@$(given)$(PYTHON) -m course.check $(FLAGS) -- "$$SOLUTION"
+diff: | $(VENV) ## it, beside course/A3.py or REFERENCE=theirs.py; HTML=page.html writes a page
+	@$(given)$(PYTHON) -m course.compare $${HTML:+--html="$$HTML"} $${REFERENCE:+--reference="$$REFERENCE"} -- "$$SOLUTION"
+notebook: | $(DEV) ## course/A3.ipynb, made from course/A3.py
+	$(PYTHON) -m jupytext --to ipynb --update --output course/A3.ipynb course/A3.py
 
 ##@ Prove
 test: | $(DEV) ## everything that CI runs but lint; no network, no GPU; the mathematics without AVX instructions, too
@@ -123,8 +125,6 @@ NEW = import sys; sys.exit(sys.version_info < (3, 11))  # transformers and numpy
 	    if $$name -c '$(NEW)' 2>/dev/null; then break; fi; done; if [ $$name = none ]; then echo "error: Python 3.11 or" \
 	    "newer is needed; python3 here is $$(python3 --version 2>&1). Another: make PYTHON=/path/to/python" >&2; exit 1; fi; \
 	echo "making .venv with $$name (PyTorch is large: this can take minutes)" && $$name -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -r $<
-	@touch $@
+	.venv/bin/pip install --quiet --disable-pip-version-check -r $< && touch $@
 .venv/ready-%: requirements-%.txt requirements.txt | .venv/ready
-	.venv/bin/pip install --quiet --disable-pip-version-check -r $<
-	@touch $@
+	.venv/bin/pip install --quiet --disable-pip-version-check -r $< && touch $@

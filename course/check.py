@@ -1,62 +1,82 @@
-"""Says what is right and what is wrong in somebody's solution of the course, function by function.
+"""Says what is right and what is wrong in solutions of the course, function by function.
 
-    make check SOLUTION=A3.py
-    python -m course.check A3.ipynb --json
+    make check SOLUTION=A3.ipynb                        or a folder: a table, a row a file
+    python -m course.check folder/ --feedback pages/    and a page for each
 
-The functions are found by the course's names and called on cases known on paper (judge_losses.py, judge_data.py). A
-wrong answer is compared with what each usual mistake would give (explain.py), and named after it. The file is not run
+The functions are found by the course's names and called on cases known on paper (the files judge_*.py). A
+wrong answer is compared with what each usual mistake would give (explain.py), and named after it. A file is not run
 as a whole (parse.py), but its functions are: a stranger's code runs with your rights, in a child process for each
-function, with a time limit. That stops accidents, not malice.
-Exit code 1: a judged function is wrong or raises; 2: the file cannot be read.
+function, with a time limit (judging.py). That stops accidents, not malice.
+Exit code 1: a function is wrong or raises, or one of many files cannot be read; 2: nothing can be read.
 """
 
-import argparse
 import ast
 import contextlib
-import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import re
 import signal
 import sys
-from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
-from course import loop_signs, parse
-from course.wording import MEANING
+from course import judging, loop_signs, pages, parse
+from support import command, files
 
-JUDGED = ("compute_reward_for_mini_batch", "compute_reinforce_loss", "compute_kl_divergence", "compute_DPO_loss",
-          "_get_batch_logps", "create_labels_from_attention_mask")
+JUDGED = tuple(pages.HEADINGS)
 NOT_JUDGED = ("evaluate", "train", "get_log_probs", "train_DPO")
+LIMIT = 10  # seconds: ten times what a function takes
 
 
-def work_in_child(*arguments):
-    """What a child does."""
-    from course import child  # loads torch, which this process does without
-
-    child.work(*arguments)
-
-
-def failure(said):
-    return {"status": "raises", "got": said, "notes": []}
+class Checked(NamedTuple):
+    path: Path
+    found: dict  # name of a function -> verdict: a dict of status, mistake, expected, got, line, cell, notes
+    unread: list  # parse.Unread: text with a syntax error
+    error: str | None  # why the file cannot be read; nothing is found then
 
 
-def in_child(context, path, name, limit):
-    """child.judged(), in a child process that is stopped after `limit` seconds."""
-    receives, sends = context.Pipe(duplex=False)
-    child = context.Process(target=work_in_child, args=(path, name, sends), daemon=True)
-    child.start()
-    sends.close()
+class Opened(NamedTuple):
+    """A file that is being checked."""
+
+    path: Path
+    read: parse.Solution | None
+    error: str | None
+    answers: dict  # name of a function -> what child.judged() says
+    waiting: set  # names of functions that are still to be judged
+
+
+# ---- verdicts ----------------------------------------------------------------------------------------------
+
+
+def checked(paths, limit=LIMIT):
+    """Yields a Checked for each path, in this order. limit: seconds that a function may take."""
+    opened = [opened_solution(path) for path in paths]
+    jobs = [(file, name) for file in opened for name in JUDGED if name in file.waiting]
+    with contextlib.closing(judging.judge_all(jobs, limit)) as results:
+        for file in opened:
+            new = bool(file.waiting)
+            while file.waiting:
+                (other, name), answer = next(results)
+                other.waiting.remove(name)
+                other.answers[name] = answer
+            if new:
+                judging.keep(file.read, file.path, file.answers)
+            found = verdicts(file.read, file.answers) if file.read else {}
+            yield Checked(file.path, found, file.read.unread if file.read else [], file.error)
+
+
+def opened_solution(path):
+    """-> Opened. Nothing of it is executed yet."""
     try:
-        return receives.recv() if receives.poll(limit) else failure(f"no answer within {limit:g} seconds")
-    except EOFError:
-        child.join()
-        return failure(f"its process ended without an answer (exit code {child.exitcode})")
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.join()
+        read = parse.read_solution(path)
+        answers = judging.known(read, path)
+        return Opened(path, read, None, answers, written(read) - answers.keys())
+    except (OSError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
+        return Opened(path, None, getattr(error, "strerror", None) or str(error) or "nested too deeply", {}, set())
+
+
+def written(read):
+    """-> set of names of the functions that can be judged: there, and with a body."""
+    return {name for name in JUDGED if name in read.functions and not has_no_body(read.functions[name])}
 
 
 def has_no_body(function):
@@ -66,132 +86,103 @@ def has_no_body(function):
     return all(isinstance(node, ast.Raise) and "NotImplementedError" in ast.unparse(node) for node in body)
 
 
-def check(path, limit=60, judge=None):
-    """-> {name: verdict} for all of the course's functions. judge(name) -> verdict; by default in a child process."""
-    read = parse.read_solution(path)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["course.child", "datasets", "matplotlib.pyplot"])
-    if not judge:  # Ctrl-C is for this process, which stops the others
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        multiprocessing.forkserver.ensure_running()
-        signal.signal(signal.SIGINT, interrupt)
-    judge = judge or (lambda name: in_child(context, path, name, limit))
-    trouble = loop_signs.of({name: function.node for name, function in read.functions.items()})
-    found = {}
-    for name in (*JUDGED, *NOT_JUDGED):
-        answer = dict.fromkeys(("mistake", "expected", "got", "line", "cell")) | {"status": "missing", "notes": []}
-        unread = next((part for part in read.unread if name in part.functions), None)
-        if name in read.functions:
-            answer["line"] = read.functions[name].node.lineno
-            if has_no_body(read.functions[name]):
-                answer["notes"] = ["still TODO: it has no body"]
-            elif name in JUDGED:
-                answer |= {key: value for key, value in judge(name).items() if value is not None}
-            else:
-                answer |= {"status": "not judged", "notes": [f"{sign} (line {line})" for line, sign in trouble[name]]}
-            answer["cell"] = read.functions[name].cell
-        elif unread and name in NOT_JUDGED:
-            answer |= {"status": "not judged", "line": unread.line, "cell": unread.cell,
-                       "notes": [f"it cannot be read: {unread.message}: {unread.text}"]}
-        elif unread:
-            answer |= {"status": "raises", "line": unread.line}
-            answer["got"] = f"SyntaxError: {unread.message}: {unread.text}"
-            if "TODO" in unread.piece and re.search("TODO|=$|= *#|^def|^$", unread.text):
-                answer |= {"status": "missing", "got": None, "notes": [f"still TODO: {unread.text}".strip(": ")]}
-            answer["cell"] = unread.cell
+def verdicts(read, answers):
+    """Solution, {name: what child.judged() says} -> {name: verdict} for all of the course's functions."""
+    signs = loop_signs.of({name: function.node for name, function in read.functions.items()}, read.statements)
+    return {name: verdict_on(name, read, answers.get(name, {}), signs) for name in (*JUDGED, *NOT_JUDGED)}
+
+
+def verdict_on(name, read, answer, signs):
+    """-> the verdict on one function. signs: {name: [(line, sign)]} of those that are not judged."""
+    verdict = dict.fromkeys(("mistake", "expected", "got", "line", "cell")) | {"status": "missing", "notes": []}
+    function, unread = read.functions.get(name), [part for part in read.unread if name in part.functions]
+    if function:
+        verdict |= {"line": function.node.lineno, "cell": function.cell}
+        if has_no_body(function):
+            verdict["notes"] = ["still TODO: it has no body"]
+        elif name in JUDGED:
+            verdict |= {key: value for key, value in answer.items() if value is not None}
         else:
-            inner = [node for statement in read.statements for node in ast.walk(statement)
-                     if isinstance(node, ast.FunctionDef) and node.name == name]
-            answer["notes"] = [f"there is one inside of another definition (line {node.lineno})" for node in inner]
-        found[name] = answer
-    return found, read.unread
+            notes = [f"{sign} ({pages.place(verdict | {'line': line})})" for line, sign in signs[name]]
+            verdict |= {"status": "not judged", "notes": notes}
+    elif unread:
+        part = unread[0]
+        verdict |= {"line": part.line, "cell": part.cell}
+        if "TODO" in part.piece and re.search("TODO|=$|= *#|^def|^$", part.text):
+            verdict["notes"] = [f"still TODO: {part.text}".strip(": ")]
+        elif name in JUDGED:
+            verdict |= {"status": "raises", "got": f"SyntaxError: {part.message}: {part.text}"}
+        else:
+            verdict |= {"status": "not judged", "notes": [f"it cannot be read: {part.message}: {part.text}"]}
+    return verdict
 
 
-def sentence(name, verdict):
-    """What is wrong, in words."""
-    said = verdict["got"]
-    if verdict["status"] == "wrong":
-        mistakes = (verdict["mistake"] or "").split(" + ")
-        said = "; ".join(MEANING.get(f"{name}: {mistake}", MEANING.get(mistake, mistake)) for mistake in mistakes)
-        said = said or "it equals none of the usual mistakes"
-        said += ". Expected {}, got {}".format(*shown(verdict["expected"], verdict["got"]))
-    return f"{name}: {said} ({place(verdict)})"
+# ---- the command -------------------------------------------------------------------------------------------
 
 
-def place(verdict):
-    """Where a function stands. Lines of a notebook are counted in each code cell, and code cells from 1."""
-    return f"code cell {verdict['cell']}, line {verdict['line']}" if verdict["cell"] else f"line {verdict['line']}"
-
-
-def shown(*values):
-    """-> each value as text; of lists what stands around the first place in which they differ."""
-    if all(isinstance(value, list) for value in values):
-        place = next((i for i, both in enumerate(zip(*values, strict=True)) if both[0] != both[1]), 0)
-        first = max(0, place - 2)
-        parts = [", ".join(f"{x:+.3f}" if isinstance(x, float) else str(x) for x in value[first : first + 8])
-                 for value in values]
-        return [f"[{'..., ' * (first > 0)}{part}{', ...' * (len(values[0]) > first + 8)}]" for part in parts]
-    return [f"{value:+.3f}" if isinstance(value, float) else str(value) for value in values]
-
-
-def report(path, found, unread):
-    """-> lines of text."""
-    width = max(map(len, found))
-    yield f"{path}"
-    yield ""
-    for name, verdict in found.items():
-        signs_seen = f"look: {len(verdict['notes'])} sign(s) of trouble"
-        said = signs_seen if verdict["status"] == "not judged" and verdict["notes"] else verdict["mistake"] or ""
-        yield f"  {name:<{width}}  {verdict['status']:<10}  {said}".rstrip()
-    for name, verdict in found.items():
-        if verdict["status"] in ("wrong", "raises"):
-            yield ""
-            yield sentence(name, verdict)
-        elif verdict["notes"]:
-            yield ""
-            yield f"{name}: {verdict['status']}"
-        yield from (f"    - {note}" for note in verdict["notes"])
-    for part in (part for part in unread if not part.functions):
-        yield ""
-        yield f"{place(part._asdict())}: cannot be read, the rest was: {part.message}: {part.text}"
-    counts = Counter(verdict["status"] for verdict in found.values())
-    yield ""
-    yield ", ".join(f"{count} {status}" for status, count in counts.items())
-    if counts["missing"] == len(found):
-        yield "None of the course's functions is there: is this the right file?"
+def search(path):
+    """A file or folder -> paths of the .py and .ipynb files there, without hidden ones; those in subfolders last."""
+    os.stat(path)  # is it there?
+    if not os.path.isdir(path):
+        return [path]
+    found = [file for file in Path(path).rglob("*") if file.suffix.lower() in (".py", ".ipynb")
+             and not any(part.startswith((".", "__")) for part in file.relative_to(path).parts)]
+    if not found:
+        raise ValueError(f"{path}: there is no .py and no .ipynb in it")
+    return [str(file) for file in sorted(found, key=lambda file: (len(file.parts), file))]
 
 
 def main(argv=None):
-    description, _, more = __doc__.partition("\n\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=more, formatter_class=style)
-    parser.add_argument("solution", type=Path, help="a .py export of the course's notebook, or the .ipynb itself")
-    parser.add_argument("--json", action="store_true", help="print the verdicts as one JSON object")
-    parser.add_argument("--limit", type=float, default=60, help="seconds that a function may take (%(default)s)")
+    parser = command.bare_flags(__doc__)
+    parser.add_argument("solution", nargs="+", type=Path, help="a .py export of the course's notebook, the .ipynb "
+                        "itself, or a folder with any number of them")
+    parser.add_argument("--feedback", type=Path, metavar="DIR", help="write a page for each file there")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--csv", action="store_true", help="print a table for a spreadsheet; what would be a formula "
+                        "there gets a ' in front")
+    either.add_argument("--json", action="store_true", help="print the verdicts as one JSON object")
+    parser.add_argument("--limit", type=command.positive, default=LIMIT, metavar="S",
+                        help="seconds that a function may take (%(default)s)")
     args = parser.parse_args(argv)
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                   "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(parse.HERE)}  # for the children
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that they are stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that children are stopped
     sys.stdout.reconfigure(errors="replace")  # for ‖ where the terminal has none
+    given = [os.path.abspath(path) for path in args.solution]
+    many = len(given) > 1 or os.path.isdir(given[0])
     try:
-        found, unread = check(args.solution, args.limit)
+        paths = [Path(path) for path in dict.fromkeys(found for path in given for found in search(path))]
+        base = os.path.commonpath([path if os.path.isdir(path) else os.path.dirname(path) for path in given])
+        if args.feedback:
+            args.feedback.mkdir(parents=True, exist_ok=True)
+        rows = []
+        with contextlib.closing(checked(paths, args.limit)) as results:
+            for row in results:
+                rows.append(row._replace(path=os.path.relpath(row.path, base) if many else str(args.solution[0])))
+                if many and sys.stderr.isatty():
+                    print(f"\r{len(rows)} of {len(paths)} files", end="\n" * (len(rows) == len(paths)), file=sys.stderr)
+                if args.feedback:
+                    page = args.feedback / f"{os.path.relpath(row.path, base)}.txt"
+                    page.parent.mkdir(parents=True, exist_ok=True)
+                    files.write_whole(page, "\n".join([*map(pages.escaped, pages.report(rows[-1])), ""]))
+        if rows[0].error and not many:
+            raise ValueError(f"{rows[0].path}: {rows[0].error}")
     except (OSError, ValueError) as error:
-        print(f"check.py: error: {args.solution}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        print(f"check.py: error: {pages.escaped(said)}", file=sys.stderr)
         return 2
     if args.json:
-        for verdict in found.values():
-            verdict["notes"] += [place(verdict)] * bool(verdict["cell"])
-            del verdict["cell"]
-        print(json.dumps({"functions": found}, indent=1))
+        print(pages.as_json(rows, many))
+    elif args.csv:
+        print(pages.as_csv(rows), end="")
     else:
-        print(*report(args.solution, found, unread), sep="\n")
-    return int(any(verdict["status"] in ("wrong", "raises") for verdict in found.values()))
+        print(*map(pages.escaped, pages.overview(rows) if many else pages.report(rows[0])), sep="\n")
+    statuses = {verdict["status"] for row in rows for verdict in row.found.values()}
+    return int(bool(statuses & {"wrong", "raises"}) or any(row.error for row in rows))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("check.py: interrupted")
-    except BrokenPipeError:  # | head
-        os._exit(1)
+        print("check.py: interrupted", file=sys.stderr)
+        sys.exit(130)

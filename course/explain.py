@@ -5,17 +5,16 @@ with at most three wrong choices that answer what the function answered, the one
 assignment leaves open is a choice, too, but not a wrong one: it becomes a note.
 """
 
+import functools
 import inspect
 import itertools
 import math
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 NO_GRADIENT = "without a gradient"
-# Two wrong choices that have one cause: a mask made for tokens, on what is shifted by one, is late at either end.
-ONE_CAUSE = {frozenset(["mask one column late", "off by one at the prompt"]): ["mask one column late"]}
 
 
 class Choice(NamedTuple):
@@ -43,77 +42,81 @@ class Verdict(NamedTuple):
 # ---- the search --------------------------------------------------------------------------------------------
 
 
-def close(found, expected):
+def close(found, expected, rounding=1e-4):
     """Lists of numbers, equal up to rounding; nan is nan, infinite is infinite."""
     return len(found) == len(expected) and all(
-        math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) or (math.isnan(a) and math.isnan(b))
+        math.isclose(a, b, rel_tol=rounding, abs_tol=1e-6) or (math.isnan(a) and math.isnan(b))
         for a, b in zip(found, expected, strict=True))
 
 
-def exactly(found, expected):
-    return all(math.isclose(a, b, rel_tol=3e-6, abs_tol=1e-6) for a, b in zip(found, expected, strict=True))
+EXACT, HALF = 1e-5, 0.03  # what fp32 rounds off, and half precision
 
 
-def nearly(found, expected):
-    """Equal up to what half precision rounds."""
-    same_length = len(found) == len(expected)
-    return same_length and all(abs(a - b) <= 0.03 * abs(b) for a, b in zip(found, expected, strict=True))
+def combinations(axes, most=3):
+    """-> tuples of one choice of each axis, at most so many wrong: fewest wrong first, then what says the least."""
+    all_of_them = []
+    for count in range(most + 1):
+        found = []
+        for places in itertools.combinations(range(len(axes)), count):
+            found += itertools.product(*([choice for choice in axis if choice.wrong == (place in places)]
+                                         for place, axis in enumerate(axes)))
+        all_of_them += sorted(found, key=lambda combination: sum(bool(choice.name) for choice in combination))
+    return all_of_them
 
 
-def explain(axes, predict, cases, got, close=close):
+def explain(axes, predict, cases, got, rounding=None):
     """-> the combination of choices, one of each axis, that answers `got` in all cases; None if there is none.
 
-    The first choice of an axis is the right one. predict(case, *values) -> list of float, or None if that cannot be.
+    The first choice of an axis is the right one. predict(case, *values) -> list of float.
     """
-    combinations = [c for c in itertools.product(*axes) if sum(choice.wrong for choice in c) <= 3]
-    combinations.sort(key=lambda c: (sum(choice.wrong for choice in c), sum(bool(choice.name) for choice in c)))
-    for combination in combinations:
+    for combination in combinations(axes):
         values = [choice.value for choice in combination]
-        predicted = (predict(case, *values) for case in cases)
-        if all(p is not None and close(g, p) for g, p in zip(got, predicted, strict=True)):
+        usual = EXACT if sum(choice.wrong for choice in combination) > 1 else 1e-4  # of so many one fits by chance
+        if all(close(g, predict(case, *values), rounding or usual) for g, case in zip(got, cases, strict=True)):
             return combination
     return None
 
 
+def names(combination):
+    """-> the mistakes in it, each once"""
+    return list(dict.fromkeys(choice.name for choice in reversed(combination) if choice.wrong))
+
+
 def verdict(axes, predict, cases, got, watched=None, notes=()):
-    """-> Verdict, and the combination of choices that the answer was explained with (right ones if it was not)."""
-    combination = explain(axes, predict, cases, got)
-    free = [[choice for choice in axis if not choice.wrong] for axis in axes]
-    found = combination or tuple(axis[0] for axis in axes)
-    meant = [axis[0] if choice.wrong else choice for axis, choice in zip(axes, found, strict=True)]
+    """-> Verdict, and the combination of choices that the answer is explained with (None if it is not)."""
+    found = explain(axes, predict, cases, got)
+    combination = found or [axis[0] for axis in axes]
+    meant = [axis[0] if choice.wrong else choice for axis, choice in zip(axes, combination, strict=True)]
     expected = [predict(case, *(choice.value for choice in meant)) for case in cases]
     notes = (*(choice.name for choice in meant if choice.name), *notes)
-    mistakes = list(dict.fromkeys(choice.name for choice in reversed(found) if choice.wrong))
-    mistakes = ONE_CAUSE.get(frozenset(mistakes), mistakes)
-    rounded = watched and watched.low and not explain([[choice] for choice in meant], predict, cases, got, exactly)
-    if combination and not mistakes and not rounded and not (watched and watched.dropped()):
-        return Verdict("right", None, *said(expected, got, 0), notes), meant
+    mistakes = names(combination)
     if watched and watched.dropped():
         mistakes = ["dropout on"]
-    elif not mistakes and rounded and explain(free, predict, cases, got, nearly):
-        mistakes = ["softmax in bf16"]
-    pairs = [pair for answers in zip(got, expected, strict=True) for pair in zip(*answers, strict=False)]
-    factors = {round(g / e, 4) for g, e in pairs if e}
-    if not mistakes and len(factors) == 1:
-        notes = (*notes, f"it is {factors.pop():g} times the right number, in every case")
-    differs = next((i for i, (e, g) in enumerate(zip(expected, got, strict=True)) if not close(e, g)), 0)
-    return Verdict("wrong", " + ".join(mistakes) or None, *said(expected, got, differs), notes), meant
+    elif watched and watched.low and not mistakes:
+        free = [[choice for choice in axis if not choice.wrong] for axis in axes]
+        exact = found and all(map(functools.partial(close, rounding=EXACT), got, expected))
+        if not exact and explain(free, predict, cases, got, HALF):
+            mistakes = ["softmax in bf16"]
+    status = "right" if found and not mistakes else "wrong"
+    return Verdict(status, " + ".join(mistakes) or None, *said(expected, got), notes), found
 
 
-def said(expected, got, case):
-    """One number as a number, more as a list."""
-    pair = [[round(x, 6) if math.isfinite(x) else str(x) for x in answers[case]] for answers in (expected, got)]
+def said(expected, got):
+    """-> what was expected and what came in the first case in which they differ: one number as a number."""
+    cases = list(zip(expected, got, strict=True))
+    pair = next((pair for pair in cases if not close(*pair)), cases[0])
+    pair = [[round(x, 6) if math.isfinite(x) else str(x) for x in answer] for answer in pair]
     return [answer[0] if len(answer) == 1 else answer for answer in pair]
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchFunctionMode):
     """Sees whether anything was computed in less than fp32, and whether one of the models dropped out."""
 
     def __init__(self):
         super().__init__()
         self.models, self.low = [], False
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         self.low |= isinstance(output, torch.Tensor) and output.dtype in (torch.bfloat16, torch.float16)
         return output
@@ -132,9 +135,11 @@ def call(function, given, *arguments):
         parameters = list(inspect.signature(function).parameters.values())[len(arguments) :]
     except ValueError:  # a compiled function has none
         parameters = []
-    more = {p.name: given[p.name] for p in parameters
-            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name in given}
+    more = {p.name: given[p.name] for p in parameters if p.default is p.empty and p.name in given}
     return function(*arguments, **more)
+
+
+# ---- what comes back ---------------------------------------------------------------------------------------
 
 
 class BadAnswer(Exception):
@@ -142,7 +147,7 @@ class BadAnswer(Exception):
 
 
 class Unfinished(TypeError):
-    """The function returns None or ..., as one does that has not been written yet."""
+    """The function returns None, ... or 0, as one does that has not been written yet."""
 
 
 def answered(answer):
@@ -153,21 +158,53 @@ def answered(answer):
     return answer
 
 
-def scalar(answer, what):
-    """-> the tensor of one element in an answer (the last, if it is a tuple), notes."""
-    answer = answer.get("loss", answer) if isinstance(answer, dict) else answer
-    parts = answered(answer) if isinstance(answer, (tuple, list)) else [answered(answer)]
-    for part in reversed(parts):
-        if isinstance(part, int):
+def parts(answer):
+    """-> {place: part}: of a dict or a tuple; {None: answer} of anything else."""
+    if isinstance(answer, dict):
+        return answer
+    return dict(enumerate(answer)) if isinstance(answer, (tuple, list)) else {None: answer}
+
+
+def numbers(answer, what):
+    """-> {place: tensor of one number}, notes: all that may be the loss in what a function returns.
+
+    If any of them has a gradient, those that have one; if none is one number, the means of what is one for each row.
+    """
+    found, notes = parts(answered(answer)), ()
+    for part in found.values():
+        if isinstance(part, int) and not any(getattr(other, "requires_grad", False) for other in found.values()):
             raise Unfinished(f"returns {part}")
-        if isinstance(part, float):
-            return torch.tensor(float(part)), ("a Python number: no gradient can flow through it",)
-        if isinstance(part, torch.Tensor) and part.numel() == 1:
-            return part.reshape(()), ()
-    for part in reversed(parts):
-        if isinstance(part, torch.Tensor) and part.dim() == 1:
-            return part.mean(), (f"{what} of each row; the course returns their mean",)
-    raise BadAnswer(f"a {what}: a tensor of one number", shapes(answer))
+    found = {place: torch.tensor(part) if isinstance(part, float) else part for place, part in found.items()}
+    found = {place: part for place, part in found.items()
+             if isinstance(part, torch.Tensor) and (part.numel() == 1 or part.dim() == 1)}
+    if not found:
+        raise BadAnswer(f"a {what}: a tensor of one number", shapes(answer))
+    for better in (lambda part: part.requires_grad, lambda part: part.numel() == 1):
+        found = {place: part for place, part in found.items() if better(part)} or found
+    if any(part.numel() > 1 for part in found.values()):
+        notes = (f"{what} of each row; the course returns their mean",)
+    return {place: part.float().mean() for place, part in found.items()}, notes
+
+
+ORDINAL, COUNT = ("first", "second", "third"), {2: "two", 3: "three"}
+
+
+def best(answers, what, judge, usual=None):
+    """-> the Verdict on the part that is right, of all that may be the loss; else on one whose mistake has a name.
+
+    answers: of all cases. judge(tensors of one number, notes) -> Verdict. usual: where the course has it.
+    """
+    cases, verdicts, count = [numbers(answer, what) for answer in answers], [], len(parts(answers[0]))
+    for place in (place for place in cases[0][0] if all(place in found for found, _ in cases)):
+        elsewhere, notes = place not in (None, "loss", usual), cases[0][1]
+        if elsewhere:
+            number = place in range(3) and count in (2, 3)
+            where = f"the {ORDINAL[place]} of {COUNT[count]}" if number else f"at {place!r}"
+            notes = (*notes, f"the {what} is {where}, in what it returns")
+        verdicts.append((elsewhere, judge([found[place] for found, _ in cases], notes)))
+    if not verdicts:
+        raise BadAnswer(f"a {what} in each case", shapes(answers[0]))
+    return min(verdicts, key=lambda one: (one[1].status != "right", one[0], not one[1].mistake))[1]
 
 
 def shapes(answer):
@@ -179,24 +216,20 @@ def shapes(answer):
 
 
 def gradient(loss, *leaves):
-    """-> the loss's gradient for each leaf, None where it has none."""
+    """-> the loss's gradient for each leaf, 0 where it has none."""
     if not loss.requires_grad:
-        return [None] * len(leaves)
-    return list(torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True))
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True, materialize_grads=True)
 
 
 def same(found, expected):
     return (found - expected).norm() <= 1e-3 * expected.norm() + 1e-7
 
 
-def graded(result, found, expected, name, words, watched=None):
-    """A right value whose gradient is not right is a mistake of that name."""
-    if result.status != "right" or (found is not None and same(found, expected)):
+def graded(result, found, expected, name, watched=None):
+    """A right value whose gradient is not right is a mistake: of that name, if there is no gradient at all."""
+    if result.status != "right" or same(found, expected):
         return result
-    if found is None or found.norm() <= 1e-6 * expected.norm():
-        return result._replace(status="wrong", mistake=name, notes=(*result.notes, f"the value is right, but {words}"))
-    if watched and watched.low:
-        return result._replace(status="wrong", mistake="softmax in bf16")
-    ratio = (found.flatten() @ expected.flatten() / expected.norm() ** 2).item()
-    note = f"the value is right, its gradient is not ({ratio:.3g} of the right one along its direction)"
-    return result._replace(status="wrong", mistake="another gradient", notes=(*result.notes, note))
+    if found.norm() > 1e-6 * expected.norm():
+        name = "softmax in bf16" if watched and watched.low else "another gradient"
+    return result._replace(status="wrong", mistake=name)

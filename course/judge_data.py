@@ -1,17 +1,17 @@
-"""Cases of what goes into the losses: log-probs, labels, samples and their reward. judge_losses.py has the losses'."""
+"""Cases of what goes into the losses: log-probs, labels, samples and their reward."""
 
-import contextlib
+import functools
 import inspect
 
 import torch
 import torch.nn.functional as F
-from transformers import BatchEncoding
 
 from common import log_probs, token_logps
 from course import tiny_models
+from course.draws import EXPECTED, Draws, sampling
 from course.explain import (NO_GRADIENT, BadAnswer, Verdict, Watch, call, close, graded, gradient, right, shapes,
                             answered, verdict, wrong)
-from course.judge_losses import KINDS, masks, of_tokens, scores, span
+from course.judge_reinforce import KINDS, of_tokens, span
 from course.tiny_models import EOS, LENGTH, PROMPT
 
 # ---- _get_batch_logps --------------------------------------------------------------------------------------
@@ -36,77 +36,92 @@ ALIGNED = [
     wrong("no shift", span(1, 29, 0)),
     wrong("logits shifted instead of targets", span(0, 28, -1)),
 ]
-HIDDEN = [
-    right(lambda labels: labels != -100),
-    wrong("mask one column late", lambda labels: (labels != -100).roll(1, dims=1)),
-    wrong("mask one column early", lambda labels: (labels != -100).roll(-1, dims=1)),
-    wrong("off by one at the prompt", lambda labels: (labels != -100) & (labels != -100).roll(1, dims=1)),
-    wrong("first eos dropped", lambda labels: (labels != -100) & (labels != EOS)),
-    wrong("padding kept", lambda labels: torch.ones_like(labels, dtype=torch.bool)),
+FILLS = 0, EOS  # what is looked up for -100; all that are no words (1, 100, the 100th from the end) are like 0
+BOTH, LEFT, RIGHT = "padding kept", "padding kept before the completion", "padding kept after the completion"
+HIDDEN = [  # which labels count, and what is looked up for -100
+    right((lambda labels: labels != -100, 0)),
+    wrong("mask one column late", (lambda labels: (labels != -100).roll(1, dims=1), 0)),
+    wrong("mask one column early", (lambda labels: (labels != -100).roll(-1, dims=1), 0)),
+    wrong("off by one at the prompt", (lambda labels: (labels != -100) & (labels != -100).roll(1, dims=1), 0)),
+    wrong("first eos dropped", (lambda labels: (labels != -100) & (labels != EOS), 0)),
+    *(wrong(BOTH, (lambda labels: torch.ones_like(labels, dtype=torch.bool), fill)) for fill in FILLS),
+    *(wrong(LEFT, (lambda labels: (labels != -100).flip(-1).cumsum(dim=-1).flip(-1) > 0, fill)) for fill in FILLS),
+    *(wrong(RIGHT, (lambda labels: (labels != -100).cumsum(dim=-1) > 0, fill)) for fill in FILLS),
 ]
-FILLS = [right(0), right(EOS)]  # what is looked up for a label of -100: it shows only where padding is kept
-AVERAGES = [
-    right(lambda values, mask, average: values.sum(dim=-1) / (mask.sum(dim=-1) if average else 1)),
-    wrong("mean for sum", lambda values, mask, average: values.sum(dim=-1) / mask.sum(dim=-1)),
-    wrong("sum for mean", lambda values, mask, average: values.sum(dim=-1)),
-    wrong("mean over padding", lambda values, mask, average: values.sum(dim=-1) / (mask.shape[1] if average else 1)),
-    wrong("mean over padding", lambda values, mask, average: values.sum(dim=-1) / mask.shape[1]),
-    wrong("sum and mean swapped", lambda values, mask, average: values.sum(-1) / (1 if average else mask.sum(-1))),
-    wrong("one number for the batch", lambda values, mask, average: values.sum(-1) / (mask.sum() if average else 1)),
+AT_ONCE = "one number for the batch"
+TOKENS_AT_ONCE = AT_ONCE + ", a mean over all its tokens"
+AVERAGES = [  # what a row's sum is divided by for average_log_prob=False and for True; what is done with the rows then
+    right((1, "counted", "each")),
+    right((1, "own", "each")),  # but with padding in the sums
+    wrong("mean for sum", ("counted", "counted", "each")),
+    wrong("sum for mean", (1, 1, "each")),
+    wrong("mean over padding", (1, "columns", "each")),
+    wrong("mean over padding", ("columns", "columns", "each")),
+    wrong("sum and mean swapped", ("counted", 1, "each")),
+    wrong(AT_ONCE, (1, "counted", "mean")),
+    wrong(AT_ONCE, (1, 1, "mean")),
+    wrong(TOKENS_AT_ONCE, ("all counted", "all counted", "sum")),
+    wrong(TOKENS_AT_ONCE, ("columns", "columns", "mean")),
+    wrong(AT_ONCE + ", the sum over all its tokens", (1, 1, "sum")),
 ]
-WHOLE = [
-    right(lambda logps: logps.tolist()),
-    wrong("one number for the batch", lambda logps: [logps.mean().item()]),
-    wrong("one number for the batch", lambda logps: [logps.sum().item()]),
-]
-BATCH_LOGPS = [KINDS, ALIGNED, HIDDEN, FILLS, AVERAGES, WHOLE, [right(1), wrong("sign", -1)]]
+EACH_ROW = "a tensor (4,): a number for each row"
+BATCH_LOGPS = [KINDS, ALIGNED, HIDDEN, AVERAGES, [right(1), wrong("sign", -1)]]
 
 
 def judge_batch_logps(function, given):
     policy, labels = tiny_models.policy(), labels_case()
     logits = policy(tiny_models.rows()).logits
-    filled = {fill: labels.masked_fill(labels == -100, fill) for fill in (0, EOS)}
-    tables = {(kind.value, fill): of_tokens(scores(logits.detach(), kind.value), filled[fill])
-              for kind in KINDS for fill in filled}
 
-    def predict(average, kind, columns, hidden, fill, reduce, whole, sign):
-        at, of = columns
-        mask = hidden(labels)[:, of]
-        return whole(sign * reduce(tables[kind, fill][:, at, of].masked_fill(~mask, 0.0), mask, average))
+    @functools.cache
+    def table(kind, fill):
+        return of_tokens(kind(logits.detach()), labels.masked_fill(labels == -100, fill))
 
-    got, watched, takes = [], Watch(), 3
-    with contextlib.suppress(ValueError):  # a compiled function has no signature
-        takes = len(inspect.signature(function).parameters)
-    averages = [False, True] if takes > 2 else [False]
+    def predict(average, kind, columns, hidden, averages, sign):
+        (at, of), (counts, fill) = columns, hidden
+        mask, own = counts(labels)[:, of], (labels != -100)[:, of]
+        divisors = {1: 1, "counted": mask.sum(dim=-1), "own": own.sum(dim=-1), "columns": len(of),
+                    "all counted": mask.sum()}
+        *divisor, over_rows = averages
+        sums = table(kind, fill)[:, at, of].masked_fill(~mask, 0.0).sum(dim=-1) / divisors[divisor[average]]
+        return (sign * {"each": sums, "mean": sums.mean(), "sum": sums.sum()}[over_rows]).reshape(-1).tolist()
+
+    takes = len(inspect.signature(function).parameters)  # some leave out average_log_prob
+    got, watched, averages = [], Watch(), [False, True][: max(1, takes - 1)]
     for average in averages:
         theirs = labels.clone()
         answer = answered(watched.call(function, given, *(logits, theirs, average)[:takes]))
         if not isinstance(answer, torch.Tensor) or answer.dim() > 1:
-            raise BadAnswer("a tensor (4,): a number for each row", shapes(answer))
+            raise BadAnswer(EACH_ROW, shapes(answer))
         if not torch.equal(theirs, labels):
             return Verdict("wrong", "labels changed in place", "labels as they were", "labels without their -100")
         got.append(answer.reshape(-1).tolist())
         if not average:
             (found,) = gradient(answer.sum(), logits)
-    notes = ("has no parameter average_log_prob",) if takes < 3 else ()
-    result, _ = verdict(BATCH_LOGPS, predict, averages, got, watched, notes)
+    result, _ = verdict(BATCH_LOGPS, predict, averages, got, watched,
+                        ["has no parameter average_log_prob"] * (takes < 3))
+    if answer.numel() == 1:
+        result = result._replace(expected=EACH_ROW, got=f"one number, {got[0][0]:.3f}")
     own = labels[:, 1:] != -100
     logps = token_logps(log_probs(logits[:, :-1]), labels[:, 1:].clamp(min=0))
     (expected,) = gradient((logps * own).sum(), logits)
-    return graded(result, found, expected, NO_GRADIENT, "no gradient reaches the logits")
+    return graded(result, found, expected, NO_GRADIENT)
 
 
 # ---- create_labels_from_attention_mask ---------------------------------------------------------------------
 
-PROMPTS = [
-    right("own"),
-    wrong("prompt scored", "none"),
-    wrong("prompt counted from the row's start", "start"),
-    wrong("off by one at the prompt", "short"),
-    wrong("off by one at the prompt", "long"),
-    wrong("the completion is hidden instead of the prompt", "inverse"),
-    wrong("everything is hidden", "all"),
-    wrong("one prompt length for all rows", "longest"),
+PROMPTS = [  # what is hidden, by a token's place in its text (LENGTH for padding) or column, and the prompts' lengths
+    right(lambda place, column, lengths: place < lengths),
+    wrong("prompt scored", lambda place, column, lengths: place < 0),
+    wrong("prompt counted from the row's start", lambda place, column, lengths: column < lengths),
+    wrong("off by one at the prompt", lambda place, column, lengths: place < lengths - 1),
+    wrong("off by one at the prompt", lambda place, column, lengths: place < lengths + 1),
+    wrong("off by one at the prompt + prompt counted from the row's start",
+          lambda place, column, lengths: column < lengths - 1),
+    wrong("off by one at the prompt + prompt counted from the row's start",
+          lambda place, column, lengths: column < lengths + 1),
+    wrong("the completion is hidden instead of the prompt", lambda place, column, lengths: place >= lengths),
+    wrong("everything is hidden", lambda place, column, lengths: place >= 0),
+    wrong("one prompt length for all rows", lambda place, column, lengths: column < lengths.max()),
 ]
 PADDINGS = [right(False), wrong("padding kept", True)]
 LAST_EOS = [right(False), wrong("first eos dropped", True)]
@@ -122,6 +137,8 @@ LABELS = [PROMPTS, PADDINGS, LAST_EOS, VALUES]
 
 def tokenized(side):
     """-> input_ids, attention_mask (4, 30), prompt_lengths (4,): padded on one side; rows 0 and 3 end with an eos."""
+    from transformers import BatchEncoding  # here, as in tiny_models.py
+
     ids, attention = tiny_models.rows(), torch.ones(4, LENGTH, dtype=torch.long)
     ids[[0, 3], -1] = EOS
     for row, pad in enumerate(PADDED):
@@ -132,53 +149,59 @@ def tokenized(side):
     return BatchEncoding({"input_ids": ids, "attention_mask": attention}), torch.tensor([10, 8, 6, 3])
 
 
-def predict_labels(side, prompt, keep, drop, values=VALUES[0].value):
+def predict_labels(side, prompt, keep, drop, values):
     encoded, lengths = tokenized(side)
     ids, attention = encoded["input_ids"], encoded["attention_mask"]
-    text, columns = attention == 1, torch.arange(LENGTH).expand(4, -1)
-    place = attention.cumsum(dim=-1) - 1  # of a token within its text
-    start, shorter, longer = columns < lengths[:, None], place < lengths[:, None] - 1, place < lengths[:, None] + 1
-    own = text & (place < lengths[:, None])
-    prompts = {"own": own, "none": torch.zeros_like(own), "start": start, "short": text & shorter,
-               "long": text & longer, "inverse": text & ~own, "all": torch.ones_like(own),
-               "longest": columns < lengths.max()}
-    hidden = prompts[prompt] | (~text & (not keep)) | (text & (ids == EOS) & drop)
+    padding, column = attention == 0, torch.arange(LENGTH).expand(4, -1)
+    place = (attention.cumsum(dim=-1) - 1).masked_fill(padding, LENGTH)
+    hidden = prompt(place, column, lengths[:, None]) | (padding & (not keep)) | (~padding & (ids == EOS) & drop)
     return values(ids, hidden, attention).flatten().tolist()
 
 
-def judge_labels(function, given, side="left"):
-    def answer(side):
+def labels_of(function, given, side):
+    """-> its answer, the input_ids after that. It may take the prompts' lengths as a tensor (4,), a list, or (4, 1)."""
+    first = None
+    for kind in (lambda lengths: lengths, torch.Tensor.tolist, lambda lengths: lengths.unsqueeze(1)):
         encoded, lengths = tokenized(side)
         try:
-            return answered(call(function, given, encoded, lengths)), encoded["input_ids"]
-        except (TypeError, AttributeError) as error:  # perhaps it wants the lengths as numbers
-            with contextlib.suppress(Exception):
-                return answered(call(function, given, encoded, lengths.tolist())), encoded["input_ids"]
-            raise error
+            return answered(call(function, given, encoded, kind(lengths))), encoded["input_ids"]
+        except Exception as error:
+            first = first or error
+    raise first
 
-    labels, ids = answer(side)
+
+def judge_labels(function, given, side="left"):
+    labels, ids = labels_of(function, given, side)
     if not isinstance(labels, torch.Tensor) or labels.shape != (4, LENGTH):
         raise BadAnswer(f"labels of the shape of input_ids, (4, {LENGTH})", shapes(labels))
     if not torch.equal(ids, tokenized(side)[0]["input_ids"]):
         return Verdict("wrong", "input_ids changed in place", "input_ids as they were", "input_ids with -100 in them")
     result, _ = verdict(LABELS, predict_labels, [side], [labels.flatten().tolist()])
-    wanted = torch.tensor(predict_labels(side, "own", False, False)).view(4, LENGTH)
+    meant = [axis[0].value for axis in LABELS]
+    wanted = torch.tensor(predict_labels(side, *meant)).view(4, LENGTH)
     row = int((wanted != labels).any(dim=1).int().argmax())  # the first that differs
     result = result._replace(expected=wanted[row].tolist(), got=labels[row].tolist())
     other = "right" if side == "left" else "left"
-    if result.status == "right" and answer(other)[0].flatten().tolist() != predict_labels(other, "own", False, False):
-        result = result._replace(notes=(f"right for padding on the {side}, as the tokenizer pads; not on the {other}",))
+    if result.status == "right" and labels_of(function, given, other)[0].flatten().tolist() != predict_labels(
+            other, *meant):
+        return result._replace(notes=(f"right for padding on the {side}, as the tokenizer pads; not on the {other}",))
     return result
 
 
 # ---- compute_reward_for_mini_batch -------------------------------------------------------------------------
 
+SCALED = "P(positive) shifted or scaled"
 FUNCTIONS_OF_LOGITS = [
     right(lambda logits: logits.softmax(dim=-1)[:, 1]),
     wrong("P(negative)", lambda logits: logits.softmax(dim=-1)[:, 0]),
     wrong("softmax forgotten", lambda logits: logits[:, 1]),
     wrong("softmax over the wrong axis", lambda logits: logits.softmax(dim=0)[:, 1]),
     wrong("the label instead of its probability", lambda logits: logits.argmax(dim=-1).float()),
+    wrong("log-odds as reward", lambda logits: logits[:, 1] - logits[:, 0]),
+    wrong(SCALED, lambda logits: 2 * logits.softmax(dim=-1)[:, 1] - 1),
+    wrong(SCALED, lambda logits: logits.softmax(dim=-1)[:, 1] - 0.5),
+    wrong(SCALED, lambda logits: (p := logits.softmax(dim=-1)[:, 1]) - p.mean()),
+    wrong(SCALED, lambda logits: ((p := logits.softmax(dim=-1)[:, 1]) - p.mean()) / p.std()),
     wrong("log-probability as reward", lambda logits: logits.log_softmax(dim=-1)[:, 1]),
     wrong("sigmoid of one logit", lambda logits: logits[:, 1].sigmoid()),
     wrong("probability of the likelier label", lambda logits: logits.softmax(dim=-1).amax(dim=-1)),
@@ -195,94 +218,29 @@ TEXTS = [
 REWARD = [FUNCTIONS_OF_LOGITS, ATTENTION, TEXTS]
 
 
-def drawn(model, tokens):
-    """(B, 30) -> ranks (n,), places (n,): of the tokens drawn, up to the first eos, among all words by probability.
-
-    The place is where in the cumulative distribution a token lies, 0 the most likely: uniform if it was sampled.
-    """
-    words = torch.tensor(sorted(tiny_models.tokenizer().get_vocab().values()))  # nothing else is ever drawn
-    with torch.no_grad():
-        probabilities = model(tokens).logits[:, PROMPT - 1 : -1, words].softmax(dim=-1)  # (B, 20, words)
-    completions = tokens[:, PROMPT:].contiguous()
-    counts = masks(completions)["first"]
-    own = probabilities.gather(-1, torch.searchsorted(words, completions).clamp(max=len(words) - 1).unsqueeze(-1))
-    above = probabilities > own
-    ranks, below = above.sum(dim=-1)[counts], (probabilities * above).sum(dim=-1)[counts]
-    noise = torch.rand(len(ranks), generator=torch.Generator().manual_seed(0))
-    return ranks, below + noise * own.squeeze(-1)[counts]
-
-
-def distance(places):
-    """(n,) -> (): Kolmogorov and Smirnov's distance from uniform."""
-    ordered = places.sort().values
-    steps = torch.arange(1, len(ordered) + 1) / len(ordered)
-    return torch.maximum((steps - ordered).abs().max(), (steps - 1 / len(ordered) - ordered).abs().max()).item()
-
-
-OTHERWISE = "temperature or top-p left on"
-NEUTRAL = {"temperature": (None, 1), "top_p": (None, 1), "typical_p": (None, 1), "min_p": (None, 0),
-           "repetition_penalty": (None, 1), "no_repeat_ngram_size": (None, 0)}
-
-
-def recorded(model):
-    """-> a dict that will hold what the model's generate() is called with, by keyword or in a GenerationConfig."""
-    settings, generate = {}, model.generate
-
-    def watched(*arguments, **keywords):
-        config = keywords.get("generation_config")
-        settings.update(config.to_diff_dict() if config else {}, **keywords)
-        return generate(*arguments, **keywords)
-
-    model.generate = watched
-    return settings
-
-
-def sampling(model, first, second):
-    """Tokens of two calls -> name of what is wrong with how they were drawn, or None; expected; got."""
-    both = first if torch.equal(first, second) else torch.cat([first, second])
-    ranks, places = drawn(model, both)
-    if not ranks.any():
-        return "greedy", "tokens drawn from softmax(logits)", "the most likely token, each time"
-    if ranks.max() <= 50 and distance(places) > 0.15 and not torch.equal(first, second):
-        got = f"only words among the {int(ranks.max()) + 1} most likely, of {len(tiny_models.words())}"
-        return "top-k left on", "tokens drawn from softmax(logits)", got
-    if distance(places) > 2 / len(places) ** 0.5:  # by chance once in 1,500 times
-        if torch.equal(first, second):
-            return "not sampled", "another sample at each call", "the same tokens twice, not the most likely ones"
-        got = f"likely words too often, the rarest {1 - places.max():.0%} of the probability never"
-        return OTHERWISE, "tokens drawn from softmax(logits)", got
-    return None, None, None
-
-
 def judge_reward(function, given):
-    names = ("tokenizer", "model", "reward_tokenizer", "reward_model")
-    parts = [given[name] for name in names]
+    parts = [given[name] for name in ("tokenizer", "model", "reward_tokenizer", "reward_model")]
     reviews, (tokenizer, model, reader, scorer) = tiny_models.reviews(), parts
-    answers, batch, settings = [], list(reviews), recorded(model)
-    for seed in (0, 1):
+    answers, draws = [], [Draws(model), Draws(model)]
+    for seed, watched in enumerate(draws):
         torch.manual_seed(seed)
-        try:
-            answers.append(answered(call(function, given, batch, *parts)))
-        except (TypeError, KeyError) as error:  # perhaps it takes rows of the data set, not texts
-            for batch in ({"text": list(reviews), "label": [0] * len(reviews)}, [{"text": text} for text in reviews]):
-                with contextlib.suppress(TypeError, KeyError, AttributeError, ValueError):
-                    answers.append(answered(call(function, given, batch, *parts)))
-                    break
-            else:
-                raise error
-    if not isinstance(answers[0], (tuple, list)) or len(answers[0]) != 3:
-        raise BadAnswer("reward, output_tokens, generated", shapes(answers[0]))
+        with watched:
+            answers.append(answered(call(function, given, list(reviews), *parts)))
+    answer = answers[0]
+    if not isinstance(answer, (tuple, list)) or len(answer) != 3 or getattr(answer[1], "ndim", 0) != 2:
+        raise BadAnswer("reward (B,), output_tokens (B, 30), generated, in this order", shapes(answer))
     if model.training or scorer.training:
         return Verdict("wrong", "dropout on", "models in eval mode", "a model put into training mode")
-    reward, tokens, generated = answers[0]
-    prompts = torch.tensor([tokenizer(text)["input_ids"][:PROMPT] for text in reviews])
-    size, wanted = tuple(getattr(tokens, "shape", ())), (len(reviews), LENGTH)
+    reward, tokens, generated = answer
+    size, wanted = tuple(tokens.shape), (len(reviews), LENGTH)
     if size != wanted:
-        notes = ("max_length counts the prompt, max_new_tokens does not",) if size[1:] in ((20,), (40,)) else ()
+        notes = ("max_length counts the prompt, max_new_tokens does not",) * (size[1] in (20, 40))
         return Verdict("wrong", "length", f"output_tokens {wanted}: 10 + 20", f"{size}", notes)
+    prompts = torch.tensor([tokenizer(text)["input_ids"][:PROMPT] for text in reviews])
     if not torch.equal(tokens[:, :PROMPT], prompts):
+        count = (tokens[:, :PROMPT] == prompts).all(dim=1).sum()
         return Verdict("wrong", "prompt", "rows that begin with the first 10 tokens of their review",
-                       f"{int((tokens[:, :PROMPT] == prompts).all(dim=1).sum())} of {len(reviews)} rows do")
+                       f"{count} of {len(reviews)} rows do")
     notes = []
     if isinstance(reward, torch.Tensor) and reward.requires_grad:
         notes.append("the reward still has a graph: detach it, or work under torch.no_grad()")
@@ -291,44 +249,32 @@ def judge_reward(function, given):
         values = values.flatten()
         notes.append("the reward is (B, 1): beside log-probs of (B,) it would broadcast to (B, B)")
     if values.numel() == 1:
-        return Verdict("wrong", "one number for the batch", f"a reward for each of {len(reviews)} rows", values.item())
-    if values.dim() != 1 or not isinstance(generated, (list, tuple)) or len(generated) != len(reviews):
-        raise BadAnswer("a tensor (B,), a tensor (B, 30), a list of B texts", shapes(answers[0]))
-    texts = {"generated": list(generated), "review": list(reviews)}
-    for name, part, skip in (("output", tokens, True), ("raw", tokens, False), ("completion", tokens[:, PROMPT:], True),
-                             ("prompt", tokens[:, :PROMPT], True)):
-        texts[name] = tokenizer.batch_decode(part, skip_special_tokens=skip)
+        return Verdict("wrong", AT_ONCE, f"a reward for each of {len(reviews)} rows", values.item())
+    if values.shape != (len(reviews),) or not isinstance(generated, (list, tuple)) or len(generated) != len(reviews):
+        raise BadAnswer("a tensor (B,), a tensor (B, 30), a list of B texts", shapes(answer))
+    texts = {"generated": list(generated), "review": reviews, "raw": tokenizer.batch_decode(tokens)}
+    for name, part in {"output": tokens, "completion": tokens[:, PROMPT:], "prompt": tokens[:, :PROMPT]}.items():
+        texts[name] = tokenizer.batch_decode(part, skip_special_tokens=True)
     if [str(text).split() for text in generated] == [text.split() for text in texts["completion"]]:
         texts["generated"] = texts["output"]  # the text that the reward is to be of
 
-    def predict(_, form, attend, which):
+    @functools.cache
+    def logits(attend, which):
         encoded = reader([str(text) for text in texts[which]], return_tensors="pt", padding=True, truncation=True)
         with torch.no_grad():
-            logits = scorer(**encoded if attend else {"input_ids": encoded["input_ids"]}).logits
-        return form(logits).tolist()
+            return scorer(**encoded if attend else {"input_ids": encoded["input_ids"]}).logits
 
-    result, _ = verdict(REWARD, predict, [None], [values.tolist()], None, notes)
-    row = next((i for i, (e, g) in enumerate(zip(result.expected, result.got, strict=True)) if not close([e], [g])), 0)
-    result = result._replace(expected=result.expected[row], got=result.got[row])
-    mistake, expected, got = sampling(model, tokens, answers[1][1])
-    bent = {name: value for name, value in settings.items() if value not in NEUTRAL.get(name, (value,))}
-    if bent and not mistake:  # too little to be seen in the samples
-        mistake, expected, got = OTHERWISE, "tokens drawn from softmax(logits)", f"generate() with {bent}"
-    if settings.get("min_new_tokens") or settings.get("min_length"):
-        result = result._replace(notes=(*result.notes, "a minimum length forbids eos, which the model may want to say"))
+    def predict(_, form, attend, which):
+        return form(logits(attend, which)).tolist()
+
+    mistake, seen, more = sampling(model, tokens, answers[1][1], draws[0])
+    result, _ = verdict(REWARD, predict, [None], [values.tolist()], None, [*notes, *more])
     if mistake:
         both = mistake if result.status == "right" else f"{mistake} + {result.mistake or 'another reward'}"
-        return result._replace(status="wrong", mistake=both, expected=expected, got=got)
-    if batch != reviews:
-        return result._replace(notes=(*result.notes, "it takes rows of the data set; the course's a list of texts"))
-    if torch.equal(tokens, answers[1][1]):
-        result = result._replace(notes=(*result.notes, "two calls write the same: a seed is set inside"))
-    try:
-        call(function, given, [reviews[0], " ".join(reviews[1].split()[: tiny_models.SHORT])], *parts)
-    except Exception as error:
-        note = f"a review of fewer than 10 tokens (2 of IMDB's test reviews) ends in {type(error).__name__}: pad"
-        result = result._replace(notes=(*result.notes, note))
-    return result
+        return result._replace(status="wrong", mistake=both, expected=EXPECTED, got=seen)
+    pairs = list(zip(result.expected, result.got, strict=True))
+    expected, got = next((pair for pair in pairs if not close(pair[:1], pair[1:])), pairs[0])
+    return result._replace(expected=expected, got=got)
 
 
 JUDGES = {

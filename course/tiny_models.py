@@ -7,11 +7,8 @@ solution has as literals fit: 10 prompt tokens, 20 more, 50256.
 import functools
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from transformers.modeling_outputs import CausalLMOutput
 
-import demo.world
+# transformers' parts are imported where they are used: its models take a second, which the losses need not wait for.
 
 PROMPT, LENGTH = 10, 30  # tokens of a row: 10 of the prompt, 20 more
 VOCABULARY, EOS = 50_257, 50_256
@@ -38,6 +35,8 @@ class Forecasts(torch.nn.Module):
     """
 
     def __init__(self, turns):
+        from transformers import GPT2Config
+
         super().__init__()
         self.turns = turns  # row = (turns[0] * column + turns[1] * word + turns[2]) % 16
         self.config = GPT2Config(eos_token_id=EOS, pad_token_id=EOS)
@@ -61,15 +60,16 @@ class Forecasts(torch.nn.Module):
         columns = torch.arange(tokens.shape[-1])
         return (self.turns[0] * columns + self.turns[1] * words + self.turns[2]) % 16
 
-    def forward(self, input_ids=None, *_, labels=None, return_dict=True, **__):
+    def forward(self, input_ids=None, *_, labels=None, **__):
+        from transformers.modeling_outputs import CausalLMOutput
+
         logits = self.table[self.row(input_ids)]  # (B, T, V)
         self.dropped |= self.training
         logits = torch.nn.functional.dropout(logits, 0.1, self.training)
         loss = None
         if labels is not None:
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        output = CausalLMOutput(loss=loss, logits=logits)
-        return output if return_dict is not False else output.to_tuple()
+        return CausalLMOutput(loss=loss, logits=logits)
 
 
 def policy():
@@ -80,10 +80,10 @@ def original():
     return Forecasts((7, 3, 5))
 
 
-def rows(bits=ROWS):
-    """-> (B, 30): tokens with these bits under the policy; row b begins with word b."""
+def rows():
+    """-> (4, 30): tokens with ROWS' bits under the policy; row b begins with word b."""
     model, found = policy(), []
-    for first, row in enumerate(bits):
+    for first, row in enumerate(ROWS):
         tokens = [first]
         for column, count in enumerate(row):
             turn = model.turns[0] * column + model.turns[1] * tokens[-1]
@@ -102,10 +102,6 @@ def ended(tokens, ends):
 
 # ---- models that write and judge ---------------------------------------------------------------------------
 
-REVIEWS = 32
-SHORT = 6  # words: fewer than a prompt has
-
-
 @functools.cache
 def words():
     """Some 400 words in no order: a language of its own, of which the stand-ins know every word."""
@@ -116,50 +112,73 @@ def words():
 
 @functools.cache
 def reviews():
-    """-> list of str: reviews of 12 to 40 words."""
+    """-> list of str: reviews of 12 to 40 words. The first repeats itself, for a sampler that may not."""
     order = torch.Generator().manual_seed(2)
-    lengths = torch.randint(12, 41, (REVIEWS,), generator=order).tolist()
-    return [" ".join(words()[i] for i in torch.randint(400, (n,), generator=order).tolist()) for n in lengths]
+    lengths = torch.randint(12, 41, (16,), generator=order).tolist()
+    rows = [[words()[i] for i in torch.randint(400, (n,), generator=order).tolist()] for n in lengths]
+    return [" ".join(row) for row in (rows[0][:3] * 4, *rows[1:])]
+
+
+@functools.cache
+def ids():
+    """-> (W,): the ids of the words and of eos, the last; all others have no word."""
+    return torch.tensor(sorted(tokenizer().get_vocab().values()))
+
+
+def of_words(vocabulary, **options):
+    """{word: id} -> a tokenizer: a word is a token, and what is none is the `unk_token`.
+
+    It has the methods that transformers 5 no longer has, and the course's version had.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.WordLevel(vocabulary, unk_token=options["unk_token"]))
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    found = PreTrainedTokenizerFast(tokenizer_object=bare, **options)
+    found.batch_encode_plus = found.encode_plus = found.__call__
+    return found
 
 
 def tokenizer():
-    """The policy's: a word is a token; pads on the left with eos, as the course's notebook sets it."""
+    """The policy's: it pads on the left with eos, as the course's notebook sets it."""
     vocabulary = {word: 100 + 7 * i for i, word in enumerate(dict.fromkeys(words()))} | {"<|endoftext|>": EOS}
-    bare = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
-    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    ends = dict.fromkeys(("eos_token", "bos_token", "pad_token"), "<|endoftext|>")
-    return with_old_names(
-        PreTrainedTokenizerFast(tokenizer_object=bare, padding_side="left", model_max_length=1024, **ends))
-
-
-def with_old_names(tokenizer):
-    """A tokenizer with the methods that transformers 5 no longer has, and the course's version had."""
-    tokenizer.batch_encode_plus = tokenizer.encode_plus = tokenizer.__call__
-    return tokenizer
+    special = dict.fromkeys(("eos_token", "bos_token", "pad_token", "unk_token"), "<|endoftext|>")
+    return of_words(vocabulary, padding_side="left", model_max_length=1024, **special)
 
 
 def writer():
     """A GPT-2 with random weights that writes the tokenizer's words, some far more likely than others."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(3)
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False, eos_token_id=EOS, bos_token_id=EOS)
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for weight in model.transformer.parameters():
             weight.mul_(10)
-        # Coordinate 0 of what the last layer sees is always 10: the ids that are no words get -100, eos +2.
+        # Coordinate 0 of what the last layer sees is always 10: the ids that are no words get -40, eos +2.
         model.transformer.ln_f.weight.fill_(1.0)[0] = 0.0
         model.transformer.ln_f.bias.fill_(0.0)[0] = 10.0
-        model.lm_head.weight.normal_(std=0.35)[:, 0] = -10.0
-        model.lm_head.weight[list(tokenizer().get_vocab().values()), 0] = 0.0
+        model.lm_head.weight.normal_(std=0.35)[:, 0] = -4.0
+        model.lm_head.weight[ids(), 0] = 0.0
         model.lm_head.weight[EOS, 0] = 0.2
     return model
 
 
 def scorer():
     """-> a DistilBERT with random weights whose P(positive) depends on the text, its tokenizer."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*special.values(), *words()]))}
+    reader = of_words(vocabulary, model_max_length=512, **special)
+    ends = [(word, vocabulary[word]) for word in ("[CLS]", "[SEP]")]
+    reader.backend_tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
     torch.manual_seed(4)
-    reader = with_old_names(demo.world.scorer_tokenizer(reviews()))
-    model = demo.world.new_classifier(reader, demo.world.Size(*[0] * 4, 0, 32, 2, 0, 0)).eval()
+    config = DistilBertConfig(dim=32, hidden_dim=128, n_layers=2, n_heads=4, vocab_size=len(vocabulary))
+    model = DistilBertForSequenceClassification(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(6)
@@ -175,10 +194,10 @@ def no_accelerator():
 
 def given(name):
     """-> {name of a global: stand-in} for a function of the course; several names for one thing, as people do."""
-    found = {"device": torch.device("cpu"), "tokenizer": tokenizer(), "orig_model": original()}
-    found |= {"reward_model": None, "reward_tokenizer": None, "model": policy()}
+    found = {"device": torch.device("cpu"), "tokenizer": tokenizer(), "reward_model": None, "reward_tokenizer": None}
+    found |= {"model": policy(), "orig_model": original()}
     if name == "compute_reward_for_mini_batch":
         found["model"] = found["orig_model"] = writer()
         found["reward_model"], found["reward_tokenizer"] = scorer()
-    others = {"orig_model": ("ref_model", "reference_model", "original_model", "base_model"), "model": ("policy",)}
-    return found | {other: found[name] for name, names in others.items() for other in names}
+    others = ("ref_model", "reference_model", "original_model", "base_model")
+    return found | dict.fromkeys(others, found["orig_model"]) | {"policy": found["model"]}

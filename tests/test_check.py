@@ -1,4 +1,4 @@
-"""check.py on a solution in the course's style: right as it stands, and each usual mistake named when it is put in."""
+"""check.py on course/A3.py: right as it stands, and each usual mistake named when it is put in."""
 
 import json
 import math
@@ -7,22 +7,24 @@ import re
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 
-from course import check, child, explain, judge_data, judge_losses, parse, tiny_models
-from tests.right_solution import KL, LOSS, MISTAKES, OPEN, SHIFTED, SIGNS, SOLUTION, WHERE, changed
+from course import check, child, explain, judge_data, judge_dpo, judge_kl, judge_reinforce, parse, tiny_models
+from tests.wrong_solutions import A3, BOTH, KL, KL_OF_ROWS, LOSS, MISTAKES, OPEN, SHIFTED, SIGNS, changed
 
 BIT = math.log(2)
+
 
 def judge(tmp_path, text, *names):
     """The verdicts of these functions, in this process."""
     path = tmp_path / "A3.py"
     path.write_text(text)
     torch.manual_seed(0)
-    here = lambda name: child.judged(parse.read_solution(path), name, path) if name in names else {}  # noqa: E731
-    found, _ = check.check(path, judge=here)
+    read = parse.read_solution(path)
+    found = check.verdicts(read, {name: child.judged(read, name, path) for name in check.written(read) & {*names}})
     return [found[name] for name in names]
 
 
@@ -48,7 +50,7 @@ def test_each_mistake_is_named(tmp_path, name, function, pairs):
 
 def test_the_kl_is_given_what_the_solutions_own_loss_returns(tmp_path):
     text = changed(("    return log_probs, loss", "    return chosen, loss"),
-                   (WHERE, "log_q = log_probs_orig[:, 9:-1].gather(-1, output_tokens[:, 10:, None]).squeeze(-1)"),
+                   (BOTH, "log_q = log_probs_orig[:, 9:-1].gather(-1, output_tokens[:, 10:, None]).squeeze(-1)"),
                    (KL, "kl = log_probs_current - log_q"))
     (found,) = judge(tmp_path, text, "compute_kl_divergence")
     assert (found["status"], found["mistake"]) == ("wrong", "KL sampled and back-propagated")
@@ -100,7 +102,7 @@ def test_the_rows_have_the_bits_they_were_made_from():
 def test_expected_reinforce_losses_are_those_worked_out_by_hand(tmp_path):
     # Completions have 59, 69, 67 and 65 bits, rewards are 7/8, 1/8, 1/2, 1/4:
     # (51.625 + 8.625 + 33.5 + 16.25) / 4 = 27.5 bits. With the prompts' 39, 17, 38 and 31 bits 43.25 bits.
-    (found,) = judge(tmp_path, SOLUTION, "compute_reinforce_loss")
+    (found,) = judge(tmp_path, A3, "compute_reinforce_loss")
     assert found["expected"] == pytest.approx(27.5 * BIT, abs=1e-3)
     (found,) = judge(tmp_path, changed(*OPEN[0][2:]), "compute_reinforce_loss")
     assert found["expected"] == pytest.approx(43.25 * BIT, abs=1e-3)
@@ -116,25 +118,23 @@ def test_expected_kl_is_the_sum_over_16_words_and_20_positions(tmp_path):
             ours, theirs = (3 * column + 5 * words[column]) % 16, (7 * column + 3 * words[column] + 5) % 16
             pairs = [(bits[(j + ours) % 16], bits[(j + theirs) % 16]) for j in range(16)]
             total += sum(2.0**-a * (b - a) for a, b in pairs)
-    found = read(tmp_path, SOLUTION)
-    namespace, _ = parse.execute(found, tiny_models.given("compute_kl_divergence"), "A3.py")
-    verdict = judge_losses.judge_kl(namespace["compute_kl_divergence"], namespace)
+    found = read(tmp_path, A3)
+    namespace = parse.execute(found, tiny_models.given("compute_kl_divergence"), "A3.py")
+    verdict = judge_kl.judge_kl(namespace["compute_kl_divergence"], namespace)
     assert verdict.expected == pytest.approx(total / 4 * BIT, rel=1e-4)
 
 
 def test_expected_dpo_losses_are_those_worked_out_by_hand():
     # Differences of log-ratios 5, 0.5, -3, 1. At beta 0.1: ln(1 + e^-0.5) = 0.474077, ln(1 + e^-0.05) = 0.668460,
     # ln(1 + e^0.3) = 0.854355, ln(1 + e^-0.1) = 0.644397; mean 0.660322.
-    right = [axis[0].value for axis in judge_losses.DPO]
-    assert judge_losses.predict_dpo(judge_losses.DPO_CASES[0], *right) == [pytest.approx(0.660322, abs=1e-6)]
-    assert judge_losses.predict_dpo(judge_losses.DPO_CASES[2], *right) == [pytest.approx(800.0)]
+    right = [axis[0].value for axis in judge_dpo.DPO]
+    assert judge_dpo.predict_dpo(judge_dpo.DPO_CASES[0], *right) == [pytest.approx(0.660322, abs=1e-6)]
+    assert judge_dpo.predict_dpo(judge_dpo.FAR_CASES[1], *right) == [pytest.approx(800.0)]
 
 
 @pytest.mark.parametrize(("axes", "predict", "inputs"), [
-    (judge_losses.REINFORCE, judge_losses.predict_reinforce, lambda: [
-        judge_losses.reinforce_case(tokens, tiny_models.REWARDS) for tokens in (
-        tiny_models.rows(), tiny_models.ended(tiny_models.rows(), judge_losses.STOPPED))]),
-    (judge_losses.DPO, judge_losses.predict_dpo, lambda: judge_losses.DPO_CASES),
+    (judge_reinforce.REINFORCE, judge_reinforce.predict_reinforce, judge_reinforce.reinforce_cases),
+    (judge_dpo.DPO, judge_dpo.predict_dpo, lambda: judge_dpo.DPO_CASES),
     (judge_data.LABELS, judge_data.predict_labels, lambda: ["left"]),
 ])
 def test_no_two_mistakes_give_the_same_numbers(axes, predict, inputs):
@@ -167,7 +167,7 @@ def test_a_solution_is_read_without_its_shell_lines_and_keeps_its_line_numbers(t
     text += "X = [1,\n     7\n     % 4]\ndef f():\n    return X\n"
     found = read(tmp_path, text)
     assert not found.unread and found.functions["f"].node.lineno == 10
-    namespace, _ = parse.execute(found, {}, "A3.py")
+    namespace = parse.execute(found, {}, "A3.py")
     assert namespace["f"]() == [1, 3]  # a line that begins with % may be arithmetic
 
 
@@ -199,20 +199,69 @@ def f(n=LENGTH, lost=pathlib.Path({str(trap)!r}).touch()):
 model = "mine"
 other = model
 """
-    namespace, _ = parse.execute(read(tmp_path, text), {"model": 1}, "A3.py")
+    namespace = parse.execute(read(tmp_path, text), {"model": 1}, "A3.py")
     assert namespace["LENGTH"] == namespace["f"]() == 30 and namespace["Batch"]().double() == 64
     assert not trap.exists()
     assert namespace["AdamW"] is torch.optim.AdamW and namespace["other"] == 1 and "x" not in namespace
 
 
 def test_what_is_gone_or_not_installed_is_stood_in_for(tmp_path):
-    text = "from transformers import AdamW, AutoTokenizer\nimport wandb_is_not_here.sub as w\nimport common\n" \
+    text = "from transformers import AdamW, AutoTokenizer\nimport wandb_is_not_here.sub as w\n" \
            "from os.path import *\nfrom .mine import thing\ndef f():\n    return w.log(1), thing(), join('a', 'b')\n"
-    namespace, notes = parse.execute(read(tmp_path, text), {}, "A3.py")
+    namespace = parse.execute(read(tmp_path, text), {}, "A3.py")
     assert namespace["f"]()[2] == "a/b" and callable(namespace["AdamW"])
     assert "AutoTokenizer" in str(namespace["AutoTokenizer"])  # the real one, beside a name that is gone
-    assert not hasattr(namespace["common"].token_logps, "__code__")  # not this project's common.py
-    assert any(name == "AdamW" and "from transformers import" in note for name, note in notes)
+    assert any(name == "AdamW" and "from transformers import" in note for name, note in namespace.notes)
+
+
+def test_a_module_is_imported_when_it_is_first_used(tmp_path):
+    text = """
+import fractions, xml.dom
+import xml.sax
+import math as given
+from decimal import Decimal as D
+half = lambda: fractions.Fraction(1, 2)
+class Words:
+    number = D
+    def shout(self):
+        return string.ascii_letters
+import string
+"""
+    namespace = parse.execute(read(tmp_path, text), {"given": 1}, "A3.py")
+    assert namespace["given"] == 1 and namespace["Words"].number(2) == 2
+    assert not {"fractions", "xml", "string"} & namespace.keys()
+    assert namespace["half"]() == 0.5 and namespace["Words"]().shout()[0] == "a"
+    assert namespace["xml"].dom and namespace["xml"].sax and {"fractions", "string"} <= namespace.keys()
+    with pytest.raises(KeyError):
+        namespace["none"]
+
+
+def test_settings_can_be_changed_after_they_were_made(tmp_path):
+    text = """
+import os, types
+from dataclasses import dataclass
+@dataclass
+class Config:
+    beta: float = 0.1
+    rows: list = None
+cfg, kw = Config(beta=0.5), dict(top_k=50)
+cfg.rows = [n for n in range(3)]
+kw["top_k"] = 0
+kw.update(top_p=1.0)
+kw["top_k"] += 1
+kw.update(eval("{}"))
+broken = Config(beta=open("none"))
+os.environ["OF_A_SOLUTION"] = "1"
+model.config.top_k = 7
+gpt = load_a_CausalLM()
+gpt.generation_config.top_k = 8
+model.weights = 9
+"""
+    model = types.SimpleNamespace(config=types.SimpleNamespace(), generation_config=types.SimpleNamespace())
+    namespace = parse.execute(read(tmp_path, text), {"model": model}, "A3.py")
+    assert (namespace["cfg"].beta, namespace["cfg"].rows, namespace["kw"]) == (0.5, [0, 1, 2], {"top_k": 1, "top_p": 1})
+    assert model.config.top_k == 7 and model.generation_config.top_k == 8
+    assert not hasattr(model, "weights") and not {"broken"} & namespace.keys() and "OF_A_SOLUTION" not in os.environ
 
 
 def test_globals_under_other_names_get_stand_ins_by_what_would_have_set_them(tmp_path):
@@ -226,7 +275,7 @@ lm = GPT2LMHeadModel.from_pretrained("distilgpt2")
 dev = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """
     given = {name: name for name in ("tokenizer", "reward_tokenizer", "reward_model", "orig_model", "model", "device")}
-    found, _ = parse.execute(read(tmp_path, text), given, "A3.py")
+    found = parse.execute(read(tmp_path, text), given, "A3.py")
     assert [found[name] for name in ("tok", "sentiment_tok", "judge", "gpt_ref", "lm", "dev")] == [*given]
 
 
@@ -246,18 +295,20 @@ def test_a_cell_with_a_syntax_error_costs_only_its_own_function(tmp_path):
 
 def test_a_right_solution_is_all_green_as_a_notebook_too(tmp_path):
     text = changed(  # as people have it, on a machine without an accelerator
-        ('return_tensors="pt").to(device)\n    # TODO: generate', 'return_tensors="pt").to("cuda")'),
+        ('return_tensors="pt").to(model.device)\n    # From', 'return_tensors="pt").to("cuda")\n    # From'),
         ("= model.generate(**inputs", "= model.cuda().generate(**inputs"),
-        ("    return kl.sum(-1).mean()", "    return per_row(kl.cuda())\n\n\nper_row = lambda kl: kl.sum(-1).mean()"))
-    (tmp_path / "A3.ipynb").write_text(notebook(*text.split("# %%\n")))
-    code, said, noise = run(tmp_path / "A3.ipynb", "--json", cwd=tmp_path)
+        (KL_OF_ROWS, "return common.per_row(kl.cuda() * completion_mask(output_tokens))\n\n\nimport common"))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/common.py").write_text("per_row = lambda kl: kl.sum(-1).mean()")  # not this project's
+    (tmp_path / "theirs/A3.ipynb").write_text(notebook(*text.split("# %%\n")))
+    code, said, noise = run("theirs/A3.ipynb", "--json", cwd=tmp_path)
     assert (code, noise) == (0, "")
     found = json.loads(said)["functions"]
     assert {name: verdict["status"] for name, verdict in found.items()} == {
         **dict.fromkeys(check.JUDGED, "right"), **dict.fromkeys(check.NOT_JUDGED, "not judged")}
     for verdict in found.values():
-        assert set(verdict) == {"status", "mistake", "expected", "got", "line", "notes"}
-        assert verdict["mistake"] is None and len(verdict["notes"]) == 1 and "code cell" in verdict["notes"][0]
+        assert set(verdict) == {"status", "mistake", "expected", "got", "line", "cell", "notes", "sentence"}
+        assert verdict["mistake"] is verdict["sentence"] is None and verdict["notes"] == [] and verdict["cell"] > 1
 
 
 def test_what_raises_hangs_exits_or_is_not_written_does_not_stop_the_rest(tmp_path):
@@ -265,9 +316,9 @@ def test_what_raises_hangs_exits_or_is_not_written_does_not_stop_the_rest(tmp_pa
     text = changed(
         (LOSS, LOSS.replace("-(", "(")),
         (KL, f"__import__('subprocess').run(['sleep', '{seconds}'])"),
-        ("chosen = policy_chosen_logps - reference_chosen_logps", "exit(0)"),
-        (SHIFTED, SHIFTED.replace("mask = labels != -100", "1 / 0")),
-        ("    attention_mask = tokenized_input[\"attention_mask\"]\n", "    # TODO: get the mask\n"),
+        ("chosen_logratios = policy_chosen_logps - reference_chosen_logps", "exit(0)"),
+        (SHIFTED, "1 / 0"),
+        ("    attention = tokenized_input[\"attention_mask\"]\n", "    # TODO: get the mask\n"),
         ("def compute_reward_for_mini_batch", "def some_other_name"),
     )
     path = tmp_path / "A3.py"
