@@ -132,6 +132,13 @@ def search(path):
     return [str(file) for file in sorted(found, key=lambda file: (len(file.parts), file))]
 
 
+def write_feedback(folder, name, row):
+    """A page with the sentences on one file."""
+    page = folder / f"{name}.txt"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(page, "\n".join([*map(pages.escaped, pages.report(row)), ""]))
+
+
 def main(argv=None):
     parser = command.bare_flags(__doc__)
     parser.add_argument("solution", nargs="+", type=Path, help="a .py export of the course's notebook, the .ipynb "
@@ -156,13 +163,12 @@ def main(argv=None):
         rows = []
         with contextlib.closing(checked(paths, args.limit)) as results:
             for row in results:
-                rows.append(row._replace(path=os.path.relpath(row.path, base) if many else str(args.solution[0])))
+                name = os.path.relpath(row.path, base)
+                rows.append(row._replace(path=name if many else str(args.solution[0])))
                 if many and sys.stderr.isatty():
                     print(f"\r{len(rows)} of {len(paths)} files", end="\n" * (len(rows) == len(paths)), file=sys.stderr)
                 if args.feedback:
-                    page = args.feedback / f"{os.path.relpath(row.path, base)}.txt"
-                    page.parent.mkdir(parents=True, exist_ok=True)
-                    files.write_whole(page, "\n".join([*map(pages.escaped, pages.report(rows[-1])), ""]))
+                    write_feedback(args.feedback, name, rows[-1])
         if rows[0].error and not many:
             raise ValueError(f"{rows[0].path}: {rows[0].error}")
     except (OSError, ValueError) as error:

@@ -280,13 +280,14 @@ def main(argv=None):
     if many:
         print(*pages.aligned(table_of(results), 1000), sep="\n")
     elif not written:
+        ((name, parts),) = results.items()
         print(pages.escaped(f"{name} beside the reference. {ASIDE}"), end="\n\n")
-        lines = text_of(results[name], shutil.get_terminal_size().columns)
+        lines = text_of(parts, shutil.get_terminal_size().columns)
         if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
             lines = (re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in lines)
         print(*lines, sep="\n")
     if written:
-        print("written:", pages.escaped(path))
+        print("written:", pages.escaped(args.html / "index.html" if many else args.html))
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ TEXTS = [
     wrong("the prompt alone is scored", "prompt"),
     wrong("the review itself is scored", "review"),
 ]
-REWARD = [FUNCTIONS_OF_LOGITS, ATTENTION, TEXTS]
+REWARDED = [FUNCTIONS_OF_LOGITS, ATTENTION, TEXTS]
 
 
 def judge_reward(function, given):
@@ -268,7 +268,7 @@ def judge_reward(function, given):
         return form(logits(attend, which)).tolist()
 
     mistake, seen, more = sampling(model, tokens, answers[1][1], draws[0])
-    result, _ = verdict(REWARD, predict, [None], [values.tolist()], None, [*notes, *more])
+    result, _ = verdict(REWARDED, predict, [None], [values.tolist()], None, [*notes, *more])
     if mistake:
         both = mistake if result.status == "right" else f"{mistake} + {result.mistake or 'another reward'}"
         return result._replace(status="wrong", mistake=both, expected=EXPECTED, got=seen)
