@@ -21,11 +21,9 @@ REINFORCE_FLAGS =
 DPO_FLAGS =
 
 # Without PYTHON=..., make builds an environment of its own in .venv; with it, that interpreter is used as it is.
-ifeq ($(origin PYTHON),undefined)
-PYTHON := .venv/bin/python
-VENV := .venv/ready
-DEV := .venv/ready-dev
-endif
+VENV := $(if $(filter undefined,$(origin PYTHON)),.venv/ready)
+DEV := $(VENV:ready=ready-dev)
+PYTHON ?= .venv/bin/python
 .DEFAULT_GOAL := help
 finished = $(patsubst %,$(RUNS)/%/eval.json,$1)
 flag = $(if $2,$1 "$2")
@@ -38,15 +36,14 @@ REPORT = @$(PYTHON) -m report.report $(RUNS)
 TOY = --no-print-directory SETTINGS=demo/demo.mk
 MODELS = $(call flag,--policy,$(POLICY)) $(call flag,--reference,$(POLICY)) \
          $(call flag,--reward-model,$(REWARD_MODEL)) $(call flag,--prompts,$(PROMPTS)) $(SUITED)
-
 define run  # $1: script and flags; shows the folder, with V=1 the command
 @echo "$(@D)"
 $(if $(V),,@)$(strip $(PYTHON) $(if $(RANKS),-m torch.distributed.run --standalone --nproc-per-node=$(RANKS)) $1 \
     --out $(@D))
 endef
 
-.PHONY: help demo baseline reinforce dpo sweep seeds samples report broken check diff notebook test lint mutants bench \
-        readme venv clean
+.PHONY: help demo baseline reinforce dpo sweep seeds samples pairs report broken check diff notebook test lint mutants \
+        bench readme venv clean
 .PRECIOUS: $(RUNS)/%/eval.json  # written whole: an interrupted make must not delete them
 
 help: ## list the targets (this)
@@ -71,6 +68,7 @@ seeds: $(call finished,$(MAIN)) ## the main runs with two more seeds (make demo-
 	    FLAGS="$(FLAGS) --seed $$seed" || exit; done
 	$(REPORT)
 samples: $(call finished,$(SAMPLES)) ## of the untouched policy, 32 a prompt: for best-of-n and the limit
+pairs: $(RUNS)/pairs/train.jsonl ## for DPO, of the policy's own samples: best and worst of 8 (docs/course.md)
 report: | $(VENV) ## results.md and the figures, of all runs in RUNS, finished or not
 	$(REPORT) --expect $(SWEEP)
 broken: ## runs with mistakes in them, in the toy world, drawn
@@ -78,7 +76,6 @@ broken: ## runs with mistakes in them, in the toy world, drawn
 
 $(RUNS)/baseline/eval.json: | $(NEEDED)
 	$(call run,reward.py $(MODELS) $(FLAGS))
-
 # A folder's name is its settings: alpha-0.02, loo-0.02 (leave-one-out), beta-0.25, beta-0.1-lr-5e-5.
 settings = $(subst -lr-, --lr ,$*)
 $(RUNS)/alpha-%/eval.json: | $(NEEDED)
@@ -90,11 +87,14 @@ $(RUNS)/beta-%/eval.json: | $(NEEDED)
 # 500 prompts, whatever FLAGS say of the other runs: times 32 that is as much as 16,000.
 $(RUNS)/samples-%/eval.json: | $(NEEDED)
 	$(call run,reward.py $(MODELS) $(FLAGS) --samples-per-prompt $* --eval-limit 500)
+$(RUNS)/train-samples-%/eval.json: | $(NEEDED)
+	$(call run,reward.py $(MODELS) --limit 4000 $(FLAGS) --samples-per-prompt $* --split train)
+$(RUNS)/pairs/train.jsonl: | $(call finished,train-samples-8 samples-8)
+	@$(PYTHON) -m report.pairs --train $(RUNS)/train-samples-8 --test $(RUNS)/samples-8 --out $(@D)
 
 ##@ Read your own solution
 # Names of files are data: neither make nor the shell reads them, they go through the environment as they are.
-$(foreach name,SOLUTION HTML REFERENCE,$(eval override $(name) := $$(value $(name))))
-export SOLUTION HTML REFERENCE
+$(foreach name,SOLUTION HTML REFERENCE,$(eval override export $(name) := $$(value $(name))))
 given = $(if $(SOLUTION),,$(error which one? make $@ SOLUTION=path/to/A3.ipynb, or a folder))
 check: | $(VENV) ## what is right and wrong in a solution of the course, or a folder of them: SOLUTION=A3.ipynb
 	@$(given)$(PYTHON) -m course.check $(FLAGS) -- "$$SOLUTION"

@@ -111,14 +111,17 @@ def log_samples(policy, tokenizer, scorer, prompts, run, step):
 
 
 def main(argv=None):
-    run = command.open_run(command.flags(__doc__), argv, "reward.py")
+    flags = command.flags(__doc__)
+    which = "whose reviews begin the prompts (%(default)s); train: the first --limit, for pairs"
+    flags.add_argument("--split", choices=("test", "train"), default="test", help=which)
+    run = command.open_run(flags, argv, "reward.py")
     args, device = run.args, run.device
     policy, tokenizer = loading.load_policy(args, device)
     original = args.reference or command.COURSE["policy"]
     reference = policy if original == args.policy else loading.load_reference(original, policy)
     scorer = loading.load_scorer(args, device)
-    # A constant seed, here as in training: --eval-limit n is the same n prompts in every run.
-    prompts = loading.load_prompts(args, "test", tokenizer, seeded(0, "test order"))
+    # A constant seed, here as in training: --eval-limit n (of train --limit n) is the same n prompts in every run.
+    prompts = loading.load_prompts(args, args.split, tokenizer, seeded(0, f"{args.split} order"))
 
     run.start()
     run.finish(**evaluate(policy, reference, tokenizer, scorer, prompts, run))

@@ -17,7 +17,9 @@ from support.files import read_rows
 RESULTS = ("reward", "reward_se", "kl", "kl_se", "n", "samples")  # what an eval.json must have; DPO's more
 TESTED = ("test_loss", "test_accuracy", "test_margin")
 COMPLETION = {"number", "completion", "reward", "reference_logp", "length"}
-ORDER = ("untouched", "REINFORCE", "REINFORCE, leave-one-out", "DPO", "evaluated", "samples of the original")
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what reading a folder that is no run's raises
+ORDER = ("untouched", "REINFORCE", "REINFORCE, leave-one-out", "DPO", "evaluated", "samples of the original",
+         "on train prompts")
 
 
 class RunRecord:
@@ -46,6 +48,8 @@ class RunRecord:
             return "DPO"
         if "alpha" in self.flags:
             return "REINFORCE, leave-one-out" if self.flags["advantage"] == "loo" else "REINFORCE"
+        if self.flags.get("split") == "train":
+            return "on train prompts"
         if self.flags["policy"] != (self.flags["reference"] or COURSE["policy"]):
             return "evaluated"
         return "untouched" if self.k == 1 else "samples of the original"
@@ -65,7 +69,7 @@ def load_runs(folder):
         try:
             run = RunRecord(path.parent)
             found.append((run.position, run))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
+        except BROKEN as problem:
             reason = f"{type(problem).__name__}: {problem}"
             print(f"{path.parent} is left out: not a run's files, or broken ({reason}). A broken run is made again "
                   "after its folder has been removed", file=sys.stderr)
@@ -85,7 +89,7 @@ def require_runs(folder):
 
 def comparable(found):
     """The finished runs that evaluated a policy on one completion a test prompt."""
-    return [run for run in found if run.result and run.method != "samples of the original"]
+    return [run for run in found if run.result and run.method not in ("samples of the original", "on train prompts")]
 
 
 def sample_rewards(found):

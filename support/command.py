@@ -60,7 +60,7 @@ def flags(description):
     add("--overwrite", action="store_true", help="replace a run in --out that is finished or has other settings")
     add("--seed", type=number(int, 0), default=0, help="whole number that all random draws come from (0)")
     add("--device", choices=("cuda", "mps", "cpu"), help="where to compute (the first of these that is there)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is fast (auto)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if it is fast (%(default)s)")
     add("--policy", default=COURSE["policy"], help="language model: hub name or local folder (%(default)s)")
     add("--reference", help="original model for the KL (reward.py: the course's; training: --policy)")
     add("--reward-model", default=COURSE["reward_model"], help="classifier: name or folder (%(default)s)")
@@ -68,9 +68,9 @@ def flags(description):
     add("--prompts", default=COURSE["prompts"], help="reviews: hub name or local folder (%(default)s)")
     add("--prompt-len", type=count, default=10, metavar="P", help="prompt tokens, besides a bos (%(default)s)")
     add("--completion-len", type=count, default=20, metavar="N", help="sampled tokens (%(default)s)")
-    add("--limit", type=count, metavar="n", help="train on n rows, chosen by --seed; reward.py trains on none (all)")
+    add("--limit", type=count, metavar="n", help="train on n rows, chosen by --seed (all)")
     add("--eval-limit", type=count, metavar="n", help="test on the first n prompts, and pairs (all)")
-    add("--samples-per-prompt", type=count, default=1, metavar="k", help="completions of a test prompt (%(default)s)")
+    add("--samples-per-prompt", type=count, default=1, metavar="k", help="completions of a prompt (%(default)s)")
     add("--eval-batch-size", type=count, metavar="B", help="prompts a batch of the evaluation (256 on cuda, else 64)")
     return parser
 

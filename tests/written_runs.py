@@ -29,6 +29,8 @@ def write_course(folder):
     rows = steps(reward=0.1, kl=1.0)
     write_run(folder / "baseline", 0.5, 0, "it is", {})
     write_run(folder / "samples-16", 0.5, 0, "it is", {"samples_per_prompt": 16})
+    write_run(folder / "train-samples-32", 0.9, 0, "so", {"samples_per_prompt": 32, "split": "train"})
+    write_run(folder / "train", 0.9, 0, "so", {"split": "train"})
     reinforce = {"advantage": "reward", "lr": 1e-4}
     write_run(folder / "alpha-0", 0.95, 99, "big big", {**reinforce, "alpha": 0.0}, logp=-9, metrics=rows)
     write_run(folder / "alpha-0.02", 0.9, 12.5, "it was", {**reinforce, "alpha": 0.02}, metrics=rows)
