@@ -9,6 +9,8 @@ from collections import Counter
 
 import numpy as np
 
+from support.statistics import distinct
+
 ENOUGH = 8  # effective samples, mean over the prompts; with fewer the best completions are too rare to be among them
 MIDDLE = (0.025, 0.975)  # quantiles of the original's own texts: what is called natural
 
@@ -29,13 +31,16 @@ def logp_a_token(rows):
 def natural(rows, originals):
     """Rows of a policy and of the original policy -> share of the policy's completions that could be the original's.
 
-    Could be: their log-prob a token under the original lies where the middle 95 % of the original's own completions
-    lie. Below are texts that the original would hardly write, above those that it finds too easy, such as one word
-    over and over. So the original itself scores 0.95.
+    Could be: its log-prob a token under the original lies where the middle 95 % of the original's own completions lie,
+    and it repeats its words no more than they do (share of different words, but for the lowest 2.5 %). Neither alone
+    will do: "incredible incredible incredible" is as probable to a language model as what it writes itself. The
+    original itself scores about 0.93.
     """
     own, other = (np.array([row["reference_logp"] / row["length"] for row in some]) for some in (originals, rows))
     low, high = np.quantile(own, MIDDLE)
-    return float(((low <= other) & (other <= high)).mean())
+    variety = [[distinct([row["completion"]], 1) or 1.0 for row in some] for some in (originals, rows)]
+    least = np.quantile(variety[0], MIDDLE[0])
+    return float(((low <= other) & (other <= high) & (least <= np.array(variety[1]))).mean())
 
 
 # ---- what is possible --------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ reward: mean P(positive) of n test prompts, ± its standard error over the promp
 per completion. distinct-1, distinct-2: different words and word pairs over all, and repeated: share of the completions
 that are there more than once; all three in the first {DISTINCT_TEXTS} completions. log-prob a token: the
 original policy's, of this policy's text. natural: share of the completions whose log-prob a token lies where the
-middle 95 % of the original's own lie; from {MOSTLY} up the text is called mostly natural.
+middle 95 % of the original's own lie, and which repeat their words no more than these (the original: about 0.93); from
+{MOSTLY} up the text is called mostly natural.
 """
 BETAS = """
 The test loss is not comparable across beta: beta multiplies the margin inside it, so a larger beta can have a lower

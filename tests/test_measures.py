@@ -27,8 +27,8 @@ def test_repeated_counts_every_text_that_has_a_twin():
     assert measures.repeated(["a", "b"]) == 0
 
 
-def scored(values, length=2):
-    return [{"reference_logp": value * length, "length": length} for value in values]
+def scored(values, length=2, text="a b c d"):
+    return [{"reference_logp": value * length, "length": length, "completion": text} for value in values]
 
 
 def test_log_prob_a_token_weighs_completions_by_their_length():
@@ -43,6 +43,14 @@ def test_natural_is_the_share_within_the_middle_of_the_originals_own():
     # A word over and over that the original finds too easy is as unnatural as noise.
     assert measures.natural(scored([-0.01, -8.0]), originals) == 0
     assert measures.natural(originals, originals) == pytest.approx(95 / 101)
+
+
+def test_a_word_over_and_over_is_not_natural_however_probable():
+    # Of 40 completions of the original 3/4 of the words differ, of one 2/4. The lowest 2.5 % of 41 are at 1 of 0 .. 40.
+    originals = [*scored([-1.0] * 40, text="a b c a"), *scored([-1.0], text="a a b b")]
+    rows = [one for text in ("a b c a", "a b c d", "", "a a b b", "a a a a") for one in scored([-1.0], text=text)]
+    assert measures.natural(rows, originals) == 3 / 5  # what has no word repeats none
+    assert measures.natural(originals, originals) == 40 / 41
 
 
 # ---- what is possible --------------------------------------------------------------------------------------
