@@ -2,6 +2,7 @@
 the fp32 weights; nothing waits for a GPU, or lands beside it."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ import common
 import dpo
 import reinforce
 from support.families import head_name
-from support.loading import load_model
+from support.loading import load_model, load_policy
 from support.precision import fast_bf16, pick_device
+from support.statistics import mean_and_error
 from test_losses import EOS, Flat, random_policy, surprise
+from tests.helpers import arguments
 
 
 @pytest.fixture
@@ -98,6 +101,23 @@ def test_sampling_in_bf16_draws_from_the_distribution_that_is_scored(policy):
         tokens = common.sample(policy, prompts, torch.rand(2000, 8, generator=common.seeded(0, "sampling")))
         assert abs(surprise(policy, tokens)) < 4
         assert abs(surprise(policy, tokens, shift=1)) > 10  # the test can fail
+
+
+@pytest.mark.skipif("OWN_POLICY" not in os.environ, reason="for a policy of your own, OWN_POLICY=path/to/model")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_policy_of_your_own_is_sampled_from_the_distribution_that_is_scored(precision):
+    """The entropy identity on 640 completions of 20 tokens, each of a random first token."""
+    model, tokenizer = load_policy(arguments(policy=os.environ["OWN_POLICY"]), torch.device("cpu"))
+    order, found = common.seeded(0, "test"), []
+    for prompts in torch.randint(len(tokenizer), (640, 1), generator=order).split(64):
+        with bf16(precision == "bf16"), torch.no_grad():
+            tokens = common.sample(model, prompts, torch.rand(64, 20, generator=order))
+            logp = common.log_probs(common.completion_logits(model, tokens, 20))
+        excess = -common.token_logps(logp, tokens[:, 1:]) + (logp.exp() * logp).sum(-1)  # less the entropy
+        found.append(common.masked_sum(excess, common.completion_mask(tokens[:, 1:], model.config.eos_token_id)))
+    mean, error = mean_and_error(torch.cat(found))
+    print(f"\n{precision}: -log p less entropy {mean:.3f} ± {error:.3f} nats a completion, z = {mean / error:.2f}")
+    assert abs(mean) < 4 * error
 
 
 # ---- gradients, and weights that change --------------------------------------------------------------------
