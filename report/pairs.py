@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from report.run_folders import BROKEN, RunRecord
+from report.run_folders import BROKEN, RunRecord, samples_by_prompt
 from support.command import bare_flags, launch, not_negative
 from support.errors import UserError
 from support.files import to_json, write_whole
@@ -23,18 +23,17 @@ SAME = ("policy", "reward_model", "positive_label", "prompts", "prompt_len", "co
 def read_samples(flag, folder, split):
     """A folder of samples of that split's prompts -> its RunRecord, and {review's number: rows of its k samples}."""
     try:
-        run, groups = RunRecord(folder), {}
-        for row in run.completions:
-            if {"prompt", "text"} <= row.keys():
-                groups.setdefault(row["number"], []).append(row)
-        script, own, whole = run.about["script"], run.flags.get("split", "test"), run.result and run.result["n"]
+        run = RunRecord(folder)
+        groups = samples_by_prompt(run)
+        [row[key] for rows in groups.values() for row in rows for key in ("prompt", "text")]  # a KeyError here
+        script, own, count = run.about["script"], run.flags.get("split", "test"), run.result and run.result["n"]
     except BROKEN as problem:
         reason = f"{type(problem).__name__}: {problem}"
         raise UserError(f"{flag} {folder}: no run's folder, or its files are broken ({reason})") from problem
-    if (script, own) != ("reward.py", split) or run.k < 2 or not whole:
-        found = f"a run of {script}, {own} prompts, --samples-per-prompt {run.k}" + ", not finished" * (not whole)
+    if (script, own) != ("reward.py", split) or run.k < 2 or not count:
+        found = f"a run of {script}, {own} prompts, --samples-per-prompt {run.k}" + ", not finished" * (not count)
         raise UserError(f"{flag} {folder} is {found}; wanted: reward.py --split {split} --samples-per-prompt 8")
-    if sum(len(rows) == run.k for rows in groups.values()) != whole:
+    if len(groups) != count:
         raise UserError(f"{flag} {folder}: completions.jsonl is not whole; remove the folder and make it again")
     return run, groups
 

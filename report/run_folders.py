@@ -92,17 +92,22 @@ def comparable(found):
     return [run for run in found if run.result and run.method not in ("samples of the original", "on train prompts")]
 
 
+def samples_by_prompt(run):
+    """-> {prompt's number: the rows of its k completions}; of a run cut short only the prompts that are whole."""
+    prompts = {}
+    for row in run.completions:
+        prompts.setdefault(row["number"], []).append(row)
+    return {number: rows for number, rows in prompts.items() if len(rows) == run.k}
+
+
 def sample_rewards(found):
     """-> (prompts, k), rewards of k samples of the original policy for each of some prompts, or None.
 
-    Of several such runs the one with the most samples a prompt; of a run cut short the prompts that are whole.
+    Of several such runs the one with the most samples a prompt.
     """
     for run in sorted(found, key=lambda run: -run.k):
         if run.result and run.method == "samples of the original":
-            prompts = {}
-            for row in run.completions:
-                prompts.setdefault(row["number"], []).append(row["reward"])
-            whole = [rewards for rewards in prompts.values() if len(rewards) == run.k]
+            whole = [[row["reward"] for row in rows] for rows in samples_by_prompt(run).values()]
             if whole:
                 return np.array(whole)
     return None
