@@ -48,7 +48,7 @@ def best_and_worst(groups, gap):
         written = [row for row in rows if row["completion"].strip()]
         best = max(written, key=lambda row: row["reward"], default=None)
         worst = min(written, key=lambda row: row["reward"], default=None)
-        if written and best["text"] != worst["text"] and best["reward"] - worst["reward"] >= gap:
+        if written and best["reward"] - worst["reward"] >= gap:
             pairs.append((best, worst))
     return pairs
 

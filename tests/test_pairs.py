@@ -98,7 +98,9 @@ def test_from_samples_to_dpo(world, tmp_path, capsys):
     prompts = {split: [one["prompt"] for one in rows_of(tmp_path / split / "completions.jsonl")]
                for split in ("train", "test")}
     assert len(prompts["train"]) == len(prompts["test"]) == 36 and prompts["train"][:3] == prompts["train"][:1] * 3
-    assert prompts["train"] != prompts["test"]
+    for split in ("train", "test"):
+        reviews = [one["text"] for one in rows_of(world / "prompts" / f"{split}.jsonl")]
+        assert all(any(text.startswith(prompt) for text in reviews) for prompt in prompts[split])
     pairs.main(["--train", str(tmp_path / "train"), "--test", str(tmp_path / "test"), "--gap", "0",
                 "--out", str(tmp_path / "pairs")])
     call("dpo", *flags(world, "dpo", tmp_path / "dpo", "--epochs", 1, "--batch-size", 4, "--eval-limit", 4,
