@@ -149,8 +149,8 @@ def frontier_figure(runs, rewards):
 def write_beside(axes, texts):
     """Writes each (x, y, text, colour) beside its point, at the first place where it covers nothing."""
     dots = axes.transData.transform([(x, y) for x, y, *_ in texts])
-    curves = [line.get_path() for line in axes.lines if len(line.get_xdata()) > 2]
-    between = [path.transformed(axes.transData).interpolated(100).vertices for path in curves]
+    curves = [line for line in axes.lines if len(line.get_xdata()) > 1]
+    between = [line.get_path().transformed(line.get_transform()).interpolated(100).vertices for line in curves]
     points, taken = np.concatenate([dots, *between]), []
     for place, (x, y, text, colour) in enumerate(texts):
         note = axes.annotate(text, (x, y), (8, 5), textcoords="offset points", color=colour, fontsize=9)

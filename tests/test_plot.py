@@ -98,6 +98,13 @@ def test_names_of_neighbours_do_not_overlap(axes):
     assert len(boxes) == 5 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
+def test_no_name_stands_across_the_baseline(axes):
+    axes.axhline(110)  # the first place's name would stand at 100 + 5 points and up
+    plot.write_beside(axes, [(200, 100, "mine", "black")])
+    box, = (note.get_window_extent() for note in axes.texts if note.get_text())
+    assert not box.y0 < axes.transData.transform((0, 110))[1] < box.y1
+
+
 def test_no_name_stands_where_it_would_be_read_as_the_neighbours(axes):
     plot.write_beside(axes, [(200, 200, "mine", "black"), (230, 200, "other", "black")])
     assert [note.get_ha() for note in axes.texts] == ["right", "left"]  # neither over the other's dot
