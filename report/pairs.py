@@ -96,7 +96,8 @@ def main(argv=None):
             raise UserError(f"--{name.replace('_', '-')} is {values[0]} in {args.train}, {values[1]} in {args.test}")
     save_pairs({"train": train_groups, "test": test_groups}, args.gap, args.out)
     length = train.flags["prompt_len"] + train.flags["completion_len"]
-    print(f"{args.out}: for dpo.py with --policy {train.flags['policy']} --pairs {args.out} --max-len {length} "
+    models = [f"--{name.replace('_', '-')} {train.flags[name]}" for name in ("policy", "reward_model", "prompts")]
+    print(f"{args.out}: for dpo.py with {' '.join(models)} --pairs {args.out} --max-len {length} "
           f"({length + 1} if the tokenizer writes a bos): a sample that was cut off fills that, and gets no end token")
 
 

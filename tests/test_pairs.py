@@ -25,7 +25,8 @@ TRAIN = [
 def write_samples(folder, split, lines, **more):
     """A run folder of three samples a prompt."""
     settings = {"split": split, "samples_per_prompt": 3, "prompt_len": 10, "completion_len": 20}
-    write_run(folder, 0.5, 0, "", {"reward_model": "judge", **settings, **more}, n=len({line[0] for line in lines}))
+    settings |= {"reward_model": "judge", "prompts": "reviews", **more}
+    write_run(folder, 0.5, 0, "", settings, n=len({line[0] for line in lines}))
     rows = [{"number": number, "prompt": prompt, "completion": text, "text": prompt + text, "reward": reward,
              "reference_logp": -1.0, "length": 2} for number, prompt, text, reward in lines]
     (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -53,7 +54,7 @@ def test_the_best_sample_is_chosen_and_the_worst_rejected(sampled, capsys):
     # Chosen (3/4 + 1/2 + 3/4) / 3 = 2/3, rejected (1/8 + 1/4 + 1/4) / 3 = 5/24.
     assert ("train: 3 pairs of 6 reviews; left out: 2 without two texts 0.25 apart, 1 with a prompt of a test pair; "
             "mean reward of the chosen 0.667, of the rejected 0.208\n") in said
-    assert "--policy distilgpt2 --pairs" in said and "--max-len 30" in said
+    assert "--policy distilgpt2 --reward-model judge --prompts reviews --pairs" in said and "--max-len 30" in said
 
 
 def test_the_gap_is_the_least_difference(sampled):
