@@ -162,14 +162,6 @@ def share_right(scores, labels):
 # ---- the world ---------------------------------------------------------------------------------------------
 
 
-def save_rows(folder, **splits):
-    """Writes train.jsonl and test.jsonl: an object a line, as load_dataset(folder) reads them."""
-    folder.mkdir(parents=True)
-    for split, rows in splits.items():
-        text = "".join(files.to_json(row) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-
-
 def save_model(folder, model, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -182,8 +174,8 @@ def make_world(folder, size=SIZE, seed=0):
     test, tallies = grammar.write_reviews(size.test_reviews, rng, seen)
     train, _ = grammar.write_reviews(size.reviews, rng, seen)  # none of them is a test review
     pairs = [grammar.write_pairs(count, rng, seen) for count in (size.pairs, size.test_pairs)]
-    save_rows(folder / "prompts", train=train, test=test)
-    save_rows(folder / "pairs", train=pairs[0], test=pairs[1])
+    files.save_rows(folder / "prompts", train=train, test=test)
+    files.save_rows(folder / "pairs", train=pairs[0], test=pairs[1])
     texts, labels = [row["text"] for row in train], [row["label"] for row in train]
     test_texts, test_labels = [row["text"] for row in test], [row["label"] for row in test]
 

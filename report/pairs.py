@@ -15,7 +15,7 @@ from pathlib import Path
 from report.run_folders import BROKEN, RunRecord, samples_by_prompt
 from support.command import bare_flags, launch, not_negative
 from support.errors import UserError
-from support.files import to_json, write_whole
+from support.files import save_rows
 
 SAME = ("policy", "reward_model", "positive_label", "prompts", "prompt_len", "completion_len", "samples_per_prompt")
 
@@ -55,7 +55,7 @@ def best_and_worst(groups, gap):
 
 def save_pairs(groups, gap, folder):
     """{"test", "train": {number: rows}}, gap -> folder, whole or not there; UserError if a split would have no pair."""
-    texts, seen = {}, set()
+    splits, seen = {}, set()
     for split in ("test", "train"):
         pairs = best_and_worst(groups[split], gap)
         kept = [pair for pair in pairs if pair[0]["prompt"].strip() not in seen]
@@ -66,15 +66,12 @@ def save_pairs(groups, gap, folder):
             raise UserError(f"{said}; try more samples or a lower --gap")
         means = [sum(row["reward"] for row in side) / len(kept) for side in zip(*kept, strict=True)]
         print(f"{said}; mean reward of the chosen {means[0]:.3f}, of the rejected {means[1]:.3f}")
-        rows = ({"prompt": best["prompt"], "positive_completion": best["text"], "negative_completion": worst["text"]}
-                for best, worst in kept)
-        texts[split] = "".join(to_json(row) + "\n" for row in rows)
+        splits[split] = [{"prompt": best["prompt"], "positive_completion": best["text"],
+                          "negative_completion": worst["text"]} for best, worst in kept]
         seen = {best["prompt"].strip() for best, _ in kept}
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for split, text in texts.items():
-        write_whole(unfinished / f"{split}.jsonl", text)
+    save_rows(unfinished, **splits)
     os.replace(unfinished, folder)
 
 

@@ -48,6 +48,13 @@ def read_rows(path):
     return rows
 
 
+def save_rows(folder, **splits):
+    """Writes a new folder's train.jsonl and test.jsonl: an object a line, as load_dataset(folder) reads them."""
+    folder.mkdir(parents=True)
+    for split, rows in splits.items():
+        write_whole(folder / f"{split}.jsonl", "".join(to_json(row) + "\n" for row in rows))
+
+
 def plain(text):
     """The text less what a terminal or a page would obey: control characters, line ends, changes of direction."""
     return "".join(" " if unicodedata.category(mark) in ("Cc", "Cf", "Zl", "Zp") else mark for mark in text).strip()

@@ -24,7 +24,7 @@ import demo.world
 import dpo
 import reward
 from demo import grammar
-from support import encoding, families, loading
+from support import encoding, families, files, loading
 from support.errors import UserError
 from tests.helpers import arguments, call, change, flags, labelled, pair, rows_of, save_classifier
 
@@ -216,8 +216,8 @@ def home(tmp_path_factory):
         model, tokenizer = random_policy(kind)
         demo.world.save_model(folder / kind, model.bfloat16() if kind == "llama" else model, tokenizer)
     save_classifier(folder / "reward_model", REVIEWS, ["NEGATIVE", "POSITIVE"])
-    demo.world.save_rows(folder / "prompts", train=labelled(REVIEWS[:24]), test=labelled(REVIEWS[24:]))
-    demo.world.save_rows(folder / "pairs", train=[pair(n) for n in range(12)], test=[pair(n) for n in range(12, 16)])
+    files.save_rows(folder / "prompts", train=labelled(REVIEWS[:24]), test=labelled(REVIEWS[24:]))
+    files.save_rows(folder / "pairs", train=[pair(n) for n in range(12)], test=[pair(n) for n in range(12, 16)])
     return folder
 
 
@@ -303,7 +303,7 @@ def test_prompts_begin_with_the_tokenizers_own_tokens_and_hold_as_many_of_the_re
 def test_a_pairs_prompt_begins_with_the_tokenizers_own_tokens_and_an_empty_one_is_left_out(loaded, tmp_path, capsys):
     ends = {"positive_completion": "!", "negative_completion": ", a bore"}  # no space where they meet
     rows = [pair(0), {**pair(1), "prompt": ""}, {**pair(2), **ends}]
-    demo.world.save_rows(tmp_path / "pairs", train=rows, test=rows[:1])
+    files.save_rows(tmp_path / "pairs", train=rows, test=rows[:1])
     for kind in KINDS:
         tokenizer = loaded[kind][1]
         fitting = functools.partial(dpo.make_pair, eos=tokenizer.eos_token_id, max_len=60)

@@ -10,10 +10,9 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config
 
 import common
-import demo.world
 import dpo
 from report import report
-from support import loading
+from support import files, loading
 from tests.helpers import arguments, call, change, flags, labelled, pair, refusal, save_classifier
 
 # ---- hostile input: taken as it is, or refused by row and column -------------------------------------------
@@ -35,11 +34,11 @@ def test_hostile_texts_are_trained_on_as_texts_and_shown_harmlessly(world, tmp_p
     shutil.rmtree(here / "prompts")
     shutil.rmtree(here / "pairs")
     hostile = labelled([*HOSTILE, "", " \n "])
-    demo.world.save_rows(here / "prompts", train=hostile, test=hostile)
+    files.save_rows(here / "prompts", train=hostile, test=hostile)
     rows = [{"prompt": "A film:", "positive_completion": f" {text}", "negative_completion": f" not {text}"}
             for text in HOSTILE]
     rows += [{**rows[0], "prompt": HOSTILE[1]}, {**rows[0], "positive_completion": ""}]
-    demo.world.save_rows(here / "pairs", train=rows, test=rows[:1])
+    files.save_rows(here / "pairs", train=rows, test=rows[:1])
     out = tmp_path / "runs ü"
     call("reward", *flags(here, "reward", out / "baseline"))
     call("reinforce", *flags(here, "reinforce", out / "alpha-0.1", "--alpha", 0.1, "--batch-size", 3))
@@ -81,7 +80,7 @@ def test_what_is_no_text_is_refused_by_row_and_column(world, tmp_path, capsys, s
     rows = [*texts[:2], texts[2] | {column: value}, texts[3]]
     if script == "dpo":
         texts, rows = rows, texts
-    demo.world.save_rows(tmp_path / "data", train=texts, test=rows)
+    files.save_rows(tmp_path / "data", train=texts, test=rows)
     said = refusal(script, *flags(world, script, tmp_path / "run", **{kind: tmp_path / "data"}), capsys=capsys)
     split = {"reward": "test", "dpo": "train"}[script]
     assert f"--{kind} {tmp_path}/data, split {split}, row 2, column {column}: {shown} is not a text" in said
@@ -124,7 +123,7 @@ def test_json_rows_are_those_of_the_file_however_it_is_written(tmp_path):
 
 
 def test_control_characters_in_a_message_do_not_reach_the_terminal(world, tmp_path, capsys):
-    demo.world.save_rows(tmp_path / "data", test=[{"te\x1b[31mxt": "a"}])
+    files.save_rows(tmp_path / "data", test=[{"te\x1b[31mxt": "a"}])
     said = refusal("reward", *flags(world, "reward", tmp_path / "run", prompts=tmp_path / "data"), capsys=capsys)
     assert "has no column 'text'; it has te [31mxt" in said
     said = refusal("reward", "--out", "x", "--seed", "a\x1bb", capsys=capsys)
@@ -155,16 +154,16 @@ def odd(world, reviews, tmp_path_factory):
     T5Config().save_pretrained(folder / "t5")
     (folder / "no-rows").mkdir()
     datasets.Dataset.from_dict({"text": [], "label": []}).to_parquet(folder / "no-rows" / "test.parquet")
-    demo.world.save_rows(folder / "no-train", test=labelled(reviews))
-    demo.world.save_rows(folder / "numbers", train=[{**pair(0), "prompt": 7}], test=[{**pair(0), "prompt": 7}])
+    files.save_rows(folder / "no-train", test=labelled(reviews))
+    files.save_rows(folder / "numbers", train=[{**pair(0), "prompt": 7}], test=[{**pair(0), "prompt": 7}])
     (folder / "empty").mkdir()
-    demo.world.save_rows(folder / "no-test", train=labelled(reviews))
-    demo.world.save_rows(folder / "no-test-pairs", train=[pair(0)])
-    demo.world.save_rows(folder / "no-text", test=[{"review": "fine", "stars": 3}])
-    demo.world.save_rows(folder / "short", test=labelled(["Short.", "Too."]))
-    demo.world.save_rows(folder / "missing", test=labelled([*reviews[:3], None]))
-    demo.world.save_rows(folder / "no-rejected", train=[{"prompt": "a", "positive_completion": "b"}])
-    demo.world.save_rows(folder / "empty-pairs", train=[pair(0)], test=[{**pair(1), "positive_completion": ""}])
+    files.save_rows(folder / "no-test", train=labelled(reviews))
+    files.save_rows(folder / "no-test-pairs", train=[pair(0)])
+    files.save_rows(folder / "no-text", test=[{"review": "fine", "stars": 3}])
+    files.save_rows(folder / "short", test=labelled(["Short.", "Too."]))
+    files.save_rows(folder / "missing", test=labelled([*reviews[:3], None]))
+    files.save_rows(folder / "no-rejected", train=[{"prompt": "a", "positive_completion": "b"}])
+    files.save_rows(folder / "empty-pairs", train=[pair(0)], test=[{**pair(1), "positive_completion": ""}])
     return folder
 
 

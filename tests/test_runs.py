@@ -372,7 +372,7 @@ def test_pairs_are_cut_counted_and_encoded_apart(world, tmp_path, capsys):
     tokenizer = loading.load_tokenizer("--policy", str(world / "policy"))
     rows = [pair(0), {**pair(1), "prompt": "the film " * 40}, {**pair(2), "negative_completion": ""},
             {**pair(3), "negative_completion": "Film 3" + pair(3)["positive_completion"]}]  # equal without the prompt
-    demo.world.save_rows(tmp_path / "pairs", train=rows, test=rows[:1])
+    files.save_rows(tmp_path / "pairs", train=rows, test=rows[:1])
     fitting = functools.partial(dpo.make_pair, eos=tokenizer.eos_token_id, max_len=32)
     order = common.seeded(0, "train subset")
     pairs = loading.load_pairs(arguments(pairs=tmp_path / "pairs"), tokenizer, order, fitting)
