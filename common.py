@@ -63,10 +63,7 @@ def completion_mask(completions, eos):
 
 
 def masked_sum(values, mask):
-    """(B, N), (B, N) -> (B,): sum over the tokens in the mask. What it hides is never read, not even a nan.
-
-    ValueError if the shapes disagree.
-    """
+    """(B, N) twice -> (B,): sum over the mask; not even a nan that it hides is read. ValueError if shapes differ."""
     if values.shape != mask.shape:
         raise ValueError(f"mask {tuple(mask.shape)} does not match values {tuple(values.shape)}")
     return values.masked_fill(~mask.bool(), 0.0).sum(dim=-1)
@@ -106,13 +103,15 @@ def centred_head(model):
 
 
 def sample(model, prompts, uniform, keep_logits=False):
-    """(B, P), (B, N) in [0, 1) -> (B, P + N): each prompt and N tokens drawn from exactly softmax(logits).
+    """(B, P), (B, N) in [0, 1) -> (B, P + N): each prompt and N tokens drawn from softmax(logits).
 
     No top-k, no temperature: REINFORCE is right only for samples of the distribution that it scores. A row
     is a function of its prompt and its numbers; after its eos it is filled up with eos and costs nothing.
     keep_logits: -> tokens and (B, N, V), the logits that they were drawn from, 0 after a row's eos.
     """
     eos, (batch, length) = model.config.eos_token_id, uniform.shape
+    exact = torch.float32 if prompts.device.type == "mps" else torch.float64  # MPS has no other
+    uniform = uniform.clamp(max=1 - 2**-24).to(prompts.device, exact)  # fp32 would round some up to 1
     tokens = torch.cat([prompts, prompts.new_full((batch, length), eos)], dim=1)
     rows = torch.arange(batch, device=prompts.device)  # those that have not ended
     cache, new, kept = None, prompts, None  # keys and values of what was fed; what is to be fed
@@ -141,19 +140,19 @@ def draw(logits, uniform):
     """(B, V), (B,) in [0, 1) -> (B,): a word of each row, with probability softmax(logits).
 
     The number is looked up in the cumulative distribution: word v owns the interval between the sums without
-    and with it, so a word of probability 0 owns nothing. In fp32 the intervals of GPT-2's 50,257 words are
-    rounded: 0.0003 of the probability stands with another word (measured on a CPU). Of nan logits the draw
-    means nothing; what follows is nan too, and stops the run.
+    and with it, a word of probability 0 nothing. In uniform's dtype: in fp64 3e-8 of the probability stands
+    with another word (total variation, 50,257 words), in fp32, where many rare words own nothing, 5e-4. Of
+    nan logits the draw means nothing; what follows is nan too, and stops the run.
     """
-    cumulative = logits.softmax(dim=-1, dtype=torch.float32).cumsum_(dim=-1)
-    target = uniform.unsqueeze(1) * cumulative[:, -1:]  # in fp32 the probabilities add up to nearly 1 only
+    cumulative = logits.softmax(dim=-1, dtype=torch.float32).cumsum(dim=-1, dtype=uniform.dtype)
+    target = uniform.unsqueeze(1) * cumulative[:, -1:]  # rounded probabilities add up to nearly 1 only
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)  # the first word whose sum is above
     return drawn.clamp(max=logits.shape[-1] - 1)  # only nan gets there
 
 
-def seeded(seed, use, device="cpu"):
-    """A torch.Generator for one use ("sampling", "train order"), so that no use disturbs another."""
-    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {use}".encode()))  # hash() is not the same twice
+def seeded(seed, use):
+    """A torch.Generator on the CPU for one use ("sampling", "train order"), so that no use disturbs another."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {use}".encode()))  # hash() is not the same twice
 
 
 def decode(tokenizer, tokens):
@@ -164,9 +163,9 @@ def decode(tokenizer, tokens):
 def update(policy, optimizer, step, metrics, weight=1.0, max_norm=None):
     """What follows loss.backward(): the optimizer's step -> dict of float, the metrics and "grad_norm".
 
-    metrics: dict of (), causes first. With torchrun they and the gradients are
-    added up over the ranks, the metrics times `weight`, the share of the batch that this rank has gone through.
-    FloatingPointError before a nan can reach the weights. A gradient longer than max_norm is shortened to it.
+    metrics: dict of (), causes first. With torchrun they and the gradients are added up over the ranks, the
+    metrics times `weight`, the share of the batch that this rank has gone through. FloatingPointError before
+    a nan can reach the weights. A gradient longer than max_norm is shortened to it.
     """
     values = weight * torch.stack([*metrics.values()]).detach()
     gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]

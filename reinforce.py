@@ -51,7 +51,7 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
     """Trains the policy in place on prompts (n, P), in eval mode: no dropout. run: support.runs.Run."""
     args, device = run.args, policy.device
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    order, noise = seeded(args.seed, "train order"), seeded(args.seed, "sampling", device)
+    order, noise = seeded(args.seed, "train order"), seeded(args.seed, "sampling")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=run.bf16)
     progress = run.resume(policy=policy, optimizer=optimizer, noise=noise)  # goes on where it was cut off
     for _ in range(args.epochs):
@@ -59,7 +59,7 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
         for step, rows in progress.steps(shuffled.split(args.batch_size)):
             if (step - 1) % SAMPLE_EVERY == 0:
                 log_samples(policy, tokenizer, scorer, test_prompts, run, step - 1)
-            uniform = torch.rand(len(rows), args.completion_len, generator=noise, device=device)  # (B, N)
+            uniform = torch.rand(len(rows), args.completion_len, generator=noise, dtype=torch.float64)  # (B, N)
             own, weight = rank_slice(len(rows))  # all of the B rows and 1, unless torchrun deals them out
             with autocast, torch.no_grad():
                 tokens = sample(policy, prompts[rows[own]].to(device), uniform[own])  # (B, T)

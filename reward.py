@@ -1,8 +1,7 @@
 """Section 1: how positive are the reviews that a language model writes?
 
 A sentiment classifier's P(positive) of prompt + completion is the reward. evaluate(), which the training
-scripts share, goes through the test split: mean reward, KL to the original policy, and how varied the
-completions are.
+scripts share, goes through the test split: mean reward, KL to the original, how varied the text is.
 
     python reward.py --out runs/course/baseline                             # the untouched policy
     python reward.py --out runs/mine --policy runs/course/alpha-0.02/model  # any checkpoint
@@ -45,20 +44,28 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
     """
     start, device, k = time.perf_counter(), policy.device, run.args.samples_per_prompt
     prompts = prompts.repeat_interleave(k, dim=0)  # k completions of each, one behind the other
-    noise = seeded(run.args.seed, "evaluation", device)
-    uniform = torch.rand(len(prompts), run.args.completion_len, generator=noise, device=device)  # (n k, N)
     batch_size = run.args.eval_batch_size or (256 if device.type == "cuda" else 64)
     found = []
     for batch in run.deal(torch.arange(len(prompts)).split(batch_size), "evaluate"):
+        inputs = prompts[batch].to(device), test_noise(run.args, batch, k)
         with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
-            rows = complete(policy, reference, tokenizer, scorer, prompts[batch].to(device), uniform[batch])
+            rows = complete(policy, reference, tokenizer, scorer, *inputs)
         found += zip(batch.tolist(), rows, strict=True)
-    # By place, not by prompt: the completions of a prompt may be two ranks'.
-    found = sorted(run.gather(found), key=lambda pair: pair[0])
+    found = sorted(run.gather(found), key=lambda pair: pair[0])  # by place: a prompt's may be two ranks'
     rows = [{"number": place // k, **row} for place, row in found]
     result = summary(rows, k, SAMPLES)  # stops the run before a nan is written
     run.completions(rows)
     return {**result, "seconds": time.perf_counter() - start}
+
+
+def test_noise(args, places, k=1):
+    """(B,) places among the completions, k of each prompt -> (B, N) in [0, 1): the numbers that draw them.
+
+    They follow from --seed and the places of prompt, sample and token alone, whatever k, limit, length, batch
+    and device are: each policy meets a prompt with the same numbers, so differences are paired.
+    """
+    streams = [seeded(args.seed, f"evaluation, prompt {row // k}, sample {row % k}") for row in places.tolist()]
+    return torch.stack([torch.rand(args.completion_len, generator=one, dtype=torch.float64) for one in streams])
 
 
 def complete(policy, reference, tokenizer, scorer, prompts, uniform):
@@ -99,9 +106,8 @@ def texts_of(tokenizer, tokens, length):
 
 @torch.no_grad()
 def log_samples(policy, tokenizer, scorer, prompts, run, step):
-    """Continues the first few prompts with the same noise each time: rewards alone hide a collapse."""
-    prompts, noise = prompts[:SAMPLES].to(policy.device), seeded(run.args.seed, "samples", policy.device)
-    uniform = torch.rand(len(prompts), run.args.completion_len, generator=noise, device=policy.device)
+    """Continues the first few prompts with the evaluation's numbers: rewards alone hide a collapse."""
+    prompts, uniform = prompts[:SAMPLES].to(policy.device), test_noise(run.args, torch.arange(len(prompts[:SAMPLES])))
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=run.bf16):
         starts, ends, texts = texts_of(tokenizer, sample(policy, prompts, uniform), uniform.shape[1])
         rewards = positivity(scorer, texts).tolist()

@@ -121,7 +121,9 @@ def test_kl_of_the_evaluation_is_that_of_policy_to_reference(world, finished):
     reference = loading.load_reference(str(world / "policy"), policy)
     prompts = loading.load_prompts(arguments(prompts=world / "prompts"), "test", tokenizer,
                                    common.seeded(0, "test order"))
-    tokens = common.sample(policy, prompts, torch.rand(20, 20, generator=common.seeded(0, "evaluation")))
+    numbers = [torch.rand(20, generator=common.seeded(0, f"evaluation, prompt {place}, sample 0"), dtype=torch.float64)
+               for place in range(20)]
+    tokens = common.sample(policy, prompts, torch.stack(numbers))
     mask = common.completion_mask(tokens[:, 10:], policy.config.eos_token_id)
     with torch.no_grad():
         p, q = (model(tokens).logits[:, 9:-1].log_softmax(-1) for model in (policy, reference))
