@@ -15,8 +15,10 @@ from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 
 from report import measures
 from report.run_folders import comparable, require_runs, sample_rewards
+from report.tables import short
 from support.command import bare_flags, launch
 from support.errors import UserError
+from support.statistics import mean_and_error
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKS = {"REINFORCE": ("#0072B2", "o"), "REINFORCE, leave-one-out": ("#009E73", "s"), "DPO": ("#D55E00", "D"),
@@ -66,10 +68,9 @@ def reinforce_figure(runs):
             curve(axes, run, key, colours[names[run]], run.name, len(runs) < 4, style=style)
     left.set(xlabel="step", ylabel="reward, P(positive), mean of the batch", ylim=(0, 1))
     right.set_yscale("symlog", linthresh=1)  # even up to 1 nat, logarithmic above: a collapse is 100 away
-    right.set(xlabel="step", ylabel="KL to the original, nats per completion", ylim=(0, None))
+    right.set(xlabel="step", ylabel="KL to the original, nats (to 1 even, above log)", ylim=(0, None))
     right.yaxis.set_major_formatter("{x:g}")
-    title = f"mean of up to {WINDOW} steps"
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", title=title)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", title=f"mean of up to {WINDOW} steps")
     return figure
 
 
@@ -104,10 +105,9 @@ def dpo_margins_figure(runs):
             middle.plot(*tested(run, "test_margin", nats), "o", color=colour)
             curve(right, run, "chosen_logratio", colour, faint=False)
             curve(right, run, "rejected_logratio", colour, faint=False, style="--")
-        left.set(xlabel="step", ylabel=f"accuracy (lr {lr:g})", ylim=(0.4, 1.02))
+        left.set(xlabel="step", ylabel=f"accuracy (lr {short(lr)})", ylim=(0.4, 1.02))
         middle.set(xlabel="step", ylabel="margin / beta, nats")
-        right.set(xlabel="step", ylabel="log-prob less the original's, nats")
-        right.set_title("solid: chosen, dashed: rejected", fontsize=10)
+        right.set(xlabel="step", ylabel="log-prob less the original's, nats", title="solid: chosen, dashed: rejected")
         right.axhline(0, color="grey", linewidth=0.8)
         if left.get_legend_handles_labels()[0]:  # none before the first step
             left.legend(title=f"mean of up to {WINDOW} steps\n(dots: test pairs)", loc="lower right")
@@ -115,17 +115,19 @@ def dpo_margins_figure(runs):
 
 
 def frontier_figure(runs, rewards):
-    """Test reward against KL to the original: finished runs and, if there are rewards, what is possible."""
+    """Test reward against KL to the original: finished runs and, of rewards (prompts, k) if any, what is possible."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     low = min([run.result["kl"] for run in runs if run.result["kl"] > 0] + [0.1]) / 3
-    if rewards is not None:
-        limit = [(kl, reward) for _, reward, kl in measures.limit(rewards) if kl > low]
-        axes.plot(*zip(*limit, strict=True), "k", linewidth=2, label="the limit: the best reward for its KL")
+    if len(rewards):
+        if limit := measures.limit_curve(rewards, low):
+            kl, reward, error = np.array(limit, dtype=float).T
+            axes.plot(kl, reward, "k", linewidth=1.5, label="the limit, an estimate (± 1 standard error)")
+            axes.fill_between(kl, reward - error, reward + error, color="black", alpha=0.2, linewidth=0)
         counts = measures.counts(rewards.shape[1])[1:]
-        best = [measures.best_of(rewards, n).mean() for n in counts]
+        best, errors = zip(*(mean_and_error(measures.best_of(rewards, n)) for n in counts), strict=True)
         label = f"best of {', '.join(map(str, counts))} samples: KL at most this"
-        axes.plot(list(map(measures.best_of_kl, counts)), best, "<:", color="#E69F00", label=label)
+        axes.errorbar(list(map(measures.best_of_kl, counts)), best, errors, fmt="<:", color="#E69F00", label=label)
     texts = []
     for run in runs:
         reward, kl = run.result["reward"], max(run.result["kl"], low)
@@ -177,7 +179,8 @@ def save_figures(found, folder):
         "reinforce.png": reinforce_figure(reinforced) if reinforced else None,
         "dpo.png": dpo_figure(preferred) if preferred else None,
         "dpo-margins.png": dpo_margins_figure(preferred) if preferred else None,
-        "frontier.png": frontier_figure(finished, sample_rewards(found)) if trained else None,
+        "frontier.png": frontier_figure(finished, np.array([*sample_rewards(found).values()])) if trained else None,
+        **{f"{run.name}/curves.png": reinforce_figure([run]) for run in reinforced},
     }
     for name, figure in figures.items():
         (folder / name).unlink(missing_ok=True)

@@ -221,6 +221,15 @@ def test_draw_of_nan_is_a_word_all_the_same():
     assert 0 <= common.draw(torch.full((1, 5), math.nan), torch.tensor([0.5])).item() < 5
 
 
+def test_draw_gives_rare_words_their_intervals_in_fp64():
+    # Word 0 has nearly all, 999 others e^-25 = 1e-11 each, far below the 2^-24 at which fp32 sums up to 1 are rounded.
+    logits = torch.full((999, 1000), -25.0)
+    logits[:, 0] = 0.0
+    share = torch.arange(1, 1000, dtype=torch.float64)  # from the middle of each rare word's interval
+    uniform = 1 - (1000 - share - 0.5) * math.exp(-25) / (1 + 999 * math.exp(-25))
+    assert common.draw(logits, uniform).tolist() == list(range(1, 1000))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_draw_stays_inside_a_vocabulary_of_gpt2s_size(seed):
     # 50,257 rounded probabilities do not add up to 1, but to some multiple of 2^-24 below or above. The number that

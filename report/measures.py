@@ -9,9 +9,10 @@ from collections import Counter
 
 import numpy as np
 
-from support.statistics import distinct
+from support.statistics import distinct, mean_and_error
 
-ENOUGH = 8  # effective samples, mean over the prompts; with fewer the best completions are too rare to be among them
+ENOUGH = 4  # effective samples of a prompt; with fewer its best completions are too rare to be among them
+PROMPTS = 0.9  # share of the prompts that must have ENOUGH
 MIDDLE = (0.025, 0.975)  # quantiles of the original's own texts: what is called natural
 
 
@@ -57,6 +58,11 @@ def best_of(rewards, n):
     return np.sort(rewards, axis=1) @ ways
 
 
+def counts(k):
+    """1, 2, 4 .. up to k: the n of best-of-n."""
+    return [2**i for i in range(k.bit_length())]
+
+
 def best_of_kl(n):
     """The most that best-of-n can be away from the original, in nats: KL <= ln n - (n-1)/n.
 
@@ -65,44 +71,57 @@ def best_of_kl(n):
     return math.log(n) - (n - 1) / n
 
 
-def tilted(rewards, alpha):
-    """(prompts, k), alpha -> (prompts,) reward, (prompts,) KL in nats, (prompts,) effective samples: the limit.
+def value(rewards, alpha):
+    """(prompts, k), alpha -> (prompts,): the highest reward - alpha * KL that any policy can have, estimated.
 
-    No policy has a higher reward - alpha * KL than pi*(x) = ref(x) * exp(r(x) / alpha) / Z, where Z is the mean of
-    exp(r / alpha) under ref (Rafailov et al. 2023, equation 4). With k samples of ref, and weights w that are
-    exp(r / alpha) made to add up to 1:
-
-        reward = sum_i w_i r_i,     KL(pi* || ref) = sum_i w_i log(k w_i),     effective samples = 1 / sum_i w_i^2
-
-    Both means of pi* are good for many effective samples only: no weights can find what was not sampled, so for small
-    alpha the reward ends at the best of the k, the KL at ln k (less where several are equally good).
+    It is that of pi*(x) = ref(x) * exp(r(x) / alpha) / Z (Rafailov et al. 2023, equation 4), and is alpha * log Z, Z
+    being the mean of exp(r / alpha) under ref. The logarithm of the mean of k samples is too low by some c / k. The
+    jackknife (Quenouille 1956) takes that off: k times it, less k - 1 times the mean of the k that lack one sample.
     """
-    weights = np.exp((rewards - rewards.max(axis=1, keepdims=True)) / alpha)
-    weights /= weights.sum(axis=1, keepdims=True)
-    kl = (weights * np.log(np.maximum(rewards.shape[1] * weights, 1e-300))).sum(axis=1)  # 0 log 0 = 0
-    return (weights * rewards).sum(axis=1), kl, 1 / (weights**2).sum(axis=1)
+    k, best = rewards.shape[1], rewards.max(axis=1, keepdims=True)
+    weights = np.exp((rewards - best) / alpha)
+    total = weights.sum(axis=1, keepdims=True)
+    lacking = np.log(np.maximum(total - weights, 1e-300) / (k - 1)).mean(axis=1)  # not the log of 0
+    return best[:, 0] + alpha * (k * np.log(total[:, 0] / k) - (k - 1) * lacking)
 
 
 def limit(rewards):
-    """(prompts, k) -> list of (alpha, reward, KL), means over the prompts, for falling alpha, while ENOUGH samples
-    are effective on average over the prompts."""
-    found = []
-    for alpha in np.geomspace(10, 0.005, 80):
-        reward, kl, effective = (float(values.mean()) for values in tilted(rewards, alpha))
-        if effective < ENOUGH:
+    """(prompts, k) -> (m,) falling alphas, (m, prompts) value of each: all that is needed of the limit.
+
+    They end where fewer than PROMPTS of the prompts have ENOUGH effective samples, (sum w)^2 / sum w^2 for the weights
+    w = exp(r / alpha): what was not sampled no weight can find.
+    """
+    alphas = []
+    for alpha in np.geomspace(1000, 0.005, 300):
+        weights = np.exp((rewards - rewards.max(axis=1, keepdims=True)) / alpha)
+        effective = weights.sum(axis=1) ** 2 / (weights**2).sum(axis=1)
+        if np.quantile(effective, 1 - PROMPTS) < ENOUGH:
             break
-        found.append((float(alpha), reward, kl))
-    return found
+        alphas.append(alpha)
+    return np.array(alphas), np.array([value(rewards, alpha) for alpha in alphas])
 
 
-# ---- small things ------------------------------------------------------------------------------------------
+def most_reward(alphas, values, kl):
+    """A limit and a KL, or (prompts,) KLs -> (prompts,): their mean is the highest reward for the (mean) KL.
+
+    For each alpha no policy has more than alpha * KL + value(alpha); the lowest of these bounds is reached. None if it
+    is that of the last alpha: the limit was not followed so far.
+    """
+    place = (alphas * np.mean(kl) + values.mean(axis=1)).argmin()
+    return None if place == len(alphas) - 1 else alphas[place] * kl + values[place]
 
 
-def counts(k):
-    """1, 2, 4 .. up to k: the n of best-of-n."""
-    return [2**i for i in range(k.bit_length())]
+def least_kl(alphas, values, reward):
+    """A limit and (prompts,) rewards -> (prompts,): their mean is the least KL for the mean reward; None as above."""
+    place = ((np.mean(reward) - values.mean(axis=1)) / alphas).argmax()
+    return None if place == len(alphas) - 1 else (reward - values[place]) / alphas[place]
 
 
-def between(x, xs, ys):
-    """y at x on the line through points of rising x; None outside of them."""
-    return float(np.interp(x, xs, ys)) if xs[0] <= x <= xs[-1] else None
+def limit_curve(rewards, low):
+    """(prompts, k) -> list of (KL, reward, its standard error over the prompts) of the limit, from `low` to its end."""
+    alphas, values = limit(rewards)
+    if len(alphas) < 2:
+        return []
+    means = values.mean(axis=1)
+    end = (means[-1] - means[-2]) / (alphas[-2] - alphas[-1]) * (1 - 1e-9)  # the KL is minus the value's slope
+    return [(kl, *mean_and_error(most_reward(alphas, values, kl))) for kl in np.geomspace(min(low, end), end, 100)]

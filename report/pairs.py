@@ -21,7 +21,7 @@ SAME = ("policy", "reward_model", "positive_label", "prompts", "prompt_len", "co
 
 
 def read_samples(flag, folder, split):
-    """A folder of samples of that split's prompts -> its RunRecord, and {review's number: rows of its k samples}."""
+    """A folder of samples of that split's prompts -> its RunRecord, and {(number, prompt): rows of its k samples}."""
     try:
         run = RunRecord(folder)
         groups = samples_by_prompt(run)
@@ -39,7 +39,7 @@ def read_samples(flag, folder, split):
 
 
 def best_and_worst(groups, gap):
-    """{number: rows} -> list of (best row, worst row), of the reviews where these are `gap` apart.
+    """{(number, prompt): rows} -> list of (best row, worst row), of the reviews where these are `gap` apart.
 
     A sample that ended at once is neither: it has no text to learn from.
     """
@@ -54,7 +54,7 @@ def best_and_worst(groups, gap):
 
 
 def save_pairs(groups, gap, folder):
-    """{"test", "train": {number: rows}}, gap -> folder, whole or not there; UserError if a split would have no pair."""
+    """{"test", "train": groups of rows}, gap -> folder, whole or not there; UserError if a split would have no pair."""
     splits, seen = {}, set()
     for split in ("test", "train"):
         pairs = best_and_worst(groups[split], gap)

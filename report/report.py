@@ -6,16 +6,17 @@ What is missing is said, and which command makes it. "The student's" numbers are
 assignment, for comparison; they are theirs. Loads no torch.
 """
 
+import functools
 import re
 from pathlib import Path
 
 import numpy as np
 
 import plot
-from report.tables import (beside, brief, digits, generations, inline, made_with, make_command, side_by_side, spread,
-                           table, what_lacks, with_error)
+from report.tables import (beside, brief, digits, generations, inline, made_with, make_command, plus_minus, short,
+                           side_by_side, spread, table, what_lacks, with_error)
 from report import measures
-from report.run_folders import comparable, load_runs, require_runs, sample_rewards
+from report.run_folders import comparable, load_runs, means, require_runs, sample_rewards, samples_by_prompt
 from support.command import bare_flags, launch
 from support.files import write_whole
 from support.statistics import DISTINCT_TEXTS, distinct, mean_and_error
@@ -56,12 +57,13 @@ class Report:
         self.reinforce = [run for run in self.compared if "alpha" in run.flags]
         self.alpha_0 = next((run for run in self.reinforce if run.flags["alpha"] == 0), None)
         self.dpo = [run for run in self.compared if "beta" in run.flags]
-        self.rewards = sample_rewards(found)
+        self.samples = sample_rewards(found)
 
     def lacking(self, what, target):
         """A line on what is not there, and the command that makes it. make demo makes all of its runs at once."""
         return ["", f"*Not here: {what}. `{self.make(target)}` makes it.*", ""]
 
+    @functools.cache  # noqa: B019
     def naturalness(self, run):
         return measures.natural(run.completions, self.originals) if run.completions and self.originals else None
 
@@ -119,7 +121,7 @@ class Report:
         for run in self.reinforce:
             alpha = run.flags["alpha"]
             paid = digits(run.result["reward"] - alpha * run.result["kl"], 3)
-            rows.append(self.measured(run, alpha=f"{alpha:g}") | {"reward - alpha KL": paid})
+            rows.append(self.measured(run, alpha=short(alpha)) | {"reward - alpha KL": paid})
         yield from table(rows, "alphas")
         judged = [(run, self.naturalness(run)) for run in self.reinforce]
         judged = [(run, natural) for run, natural in judged if natural is not None]
@@ -132,16 +134,19 @@ class Report:
                       key=lambda run: run.result["kl"])
         regimes = (
             ("high alpha", "reward stays below 0.65", "alpha 1000", held),
-            ("low alpha", "poor text", "alpha 1e8 (1e-8 must be meant)", poor),
+            ("low alpha", "poor text", "alpha 1e8 (1e-8 is probably meant)", poor),
             ("in between", "reward at least 0.80, mostly natural text", "alpha 0.0003", good),
         )
         yield from table([{"regime": regime, "the assignment's target": target, "a student's report (theirs)": student,
                            "here": ", ".join(f"`{run.name}`" for run in some) or "none of the alphas above 0 run"}
                           for regime, target, student, some in regimes], "regimes")
-        yield "(The student's alphas belong to a KL of another unit.)\n"
+        yield "(The student's alphas probably belong to a KL of another unit.)\n"
         for regime, _, _, some in regimes:
             if some:
-                yield from [f"**{regime}**", *generations(some[0])]
+                yield f"**{regime}**\n"
+                if some[0].metrics:
+                    yield f"![reward and KL of {some[0].name}]({some[0].name}/curves.png)"
+                yield from generations(some[0])
 
     def q_4(self):
         yield "## Q4.1: DPO, loss over time and on the test set"
@@ -150,7 +155,7 @@ class Report:
         own = [(run, digits(run.result.get("test_loss"), 4)) for run in self.dpo]
         yield from beside("test loss", own, "", "0.5968") if own else self.lacking(*DPO)
         yield "## Q4.2: reward after DPO, beside REINFORCE"
-        yield from table([brief(run, method=run.method) for run in self.compared]) if own else self.lacking(*DPO)
+        yield from self.against_baseline() if own else self.lacking(*DPO)
         yield "## Q4.3: five generations after DPO"
         if not self.dpo:
             yield from self.lacking(*DPO)
@@ -163,12 +168,13 @@ class Report:
         if len({run.flags["beta"] for run in self.dpo}) < 3:
             yield from self.lacking("three betas", "sweep")
         if any("beta" in run.flags and run.metrics for run in self.found):
-            yield "\n![accuracy, margin and log-probs against the step](dpo-margins.png)\n"
+            yield "\n![DPO loss against the step](dpo.png)\n"
+            yield "![accuracy, margin and log-probs against the step](dpo-margins.png)\n"
         rows = []
         for run in self.dpo:
             beta, result = run.flags["beta"], run.result
             student = STUDENT_LOSSES.get(beta, "") if run.flags["lr"] == 5e-7 else ""
-            rows.append({"run": f"`{run.name}`", "beta": f"{beta:g}", "lr": f"{run.flags['lr']:g}",
+            rows.append({"run": f"`{run.name}`", "beta": short(beta), "lr": short(run.flags["lr"]),
                          "test loss": digits(result["test_loss"], 4), "a student's (theirs)": student,
                          "accuracy": digits(result["test_accuracy"], 3),
                          "margin / beta, nats": digits(result["test_margin"] / beta, 2),
@@ -182,35 +188,59 @@ class Report:
         yield "## The frontier: what reward costs in KL"
         if any(run.method != "untouched" for run in self.compared):
             yield "\n![test reward against KL](frontier.png)\n"
-        if self.rewards is None:
+        if not self.samples:
             lacks = "samples of the original policy, for best-of-n and the limit"
             return (yield from self.lacking(lacks, "samples"))
-        prompts, k = self.rewards.shape
+        rewards = np.array([*self.samples.values()])
+        prompts, k = rewards.shape
+        alphas, values = measures.limit(rewards)
         yield f"\nBest of n samples of the original policy ({prompts} prompts, {k} samples each):\n"
         rows = []
         for n in measures.counts(k):
-            reward = "{:.3f} ± {:.3f}".format(*mean_and_error(measures.best_of(self.rewards, n)))
-            rows.append({"n": str(n), "reward": reward, "KL at most, nats": digits(measures.best_of_kl(n), 2)})
+            best, kl = measures.best_of(rewards, n), measures.best_of_kl(n)
+            most = measures.most_reward(alphas, values, kl) if n > 1 and len(alphas) > 1 else None
+            rows.append({"n": str(n), "reward": mean_of(best), "KL at most, nats": digits(kl, 2),
+                         "the limit's, there, is more by": "" if most is None else mean_of(most - best)})
         yield from table(rows, "best-of-n")
-        points = measures.limit(self.rewards)
-        enough = f"at least {measures.ENOUGH} of the {k} samples a prompt are effective (mean over the prompts)"
-        if not points:
-            return (yield f"The limit, pi\\* = ref exp(r / alpha) / Z, is not drawn: for no alpha {enough}.\n")
-        alpha, _, kl = points[-1]
-        reward = "{:.3f} ± {:.3f}".format(*mean_and_error(measures.tilted(self.rewards, alpha)[0]))
-        yield (f"The limit, pi\\* = ref exp(r / alpha) / Z, is estimated from the same samples for alpha from "
-               f"{points[0][0]:g} down to {alpha:.2g}, where it has reward {reward} at {kl:.2f} nats: so far {enough}. "
-               "Beyond, what it is made of has not been sampled, and the estimate is worthless. How far each run is "
-               "from it: the reward that the limit has at the run's KL, and the KL that it needs for the run's reward; "
-               "- where it is not drawn.\n")
-        _, rewards, kls = zip(*points, strict=True)
+        known = "The limit, pi\\* = ref exp(r / alpha) / Z,"
+        enough = f"for {measures.PROMPTS:.0%} of the prompts at least {measures.ENOUGH} of {k} samples are effective"
+        if len(alphas) < 2:
+            return (yield f"{known} is not drawn: for no alpha is it so that {enough}.\n")
+        kl, *reward = measures.limit_curve(rewards, 1)[-1]
+        yield (f"{known} is estimated from the same samples, corrected for their number, down to alpha "
+               f"{alphas[-1]:.2g}, where it has {plus_minus(*reward, 3)} at {kl:.2f} nats: so far {enough}. Each run "
+               "beside it, on the prompts that both have: what the limit's reward for the run's KL has over the run's, "
+               "and how many times the KL is that the limit needs for the run's reward, with standard errors, prompt "
+               "by prompt; - where the limit is not drawn.\n")
+        yield from table([self.beside_the_limit(run) for run in self.compared if run.method != "untouched"], "limit")
+
+    def beside_the_limit(self, run):
+        groups = samples_by_prompt(run)
+        both = [prompt for prompt in self.samples if prompt in groups]
+        row = {"run": f"`{run.name}`", "prompts": str(len(both))}
+        limit = measures.limit(np.array([self.samples[prompt] for prompt in both])) if len(both) > 1 else ((), ())
+        if len(limit[0]) < 2:
+            return row
+        reward, kl = means(groups, both), means(groups, both, "kl")
+        row |= {"reward": mean_of(reward), "KL, nats": mean_of(kl, 2)}
+        most, least = measures.most_reward(*limit, kl), measures.least_kl(*limit, reward)
+        row["the limit's reward for this KL"] = "-" if most is None else digits(most.mean(), 3)
+        row["more by"] = "-" if most is None else mean_of(most - reward)
+        row["the limit's KL for this reward"] = "-" if least is None else digits(max(least.mean(), 0), 2)
+        if least is not None and least.mean() > 2 * (mean_and_error(least)[1] or 0):  # else next to nothing, or 0
+            times = kl.mean() / least.mean()
+            row["the run's KL is times"] = plus_minus(times, mean_and_error(kl - times * least)[1] / least.mean(), 1)
+        return row
+
+    def against_baseline(self):
+        """Every run's reward, and by how much it is above the untouched policy's."""
         rows = []
         for run in self.compared:
-            at_kl = digits(measures.between(run.result["kl"], kls, rewards), 3) or "-"
-            at_reward = digits(measures.between(run.result["reward"], rewards, kls), 2) or "-"
-            there = {"the limit's reward for this KL": at_kl, "the limit's KL for this reward": at_reward}
-            rows += [brief(run) | there] if run.method != "untouched" else []
-        yield from table(rows, "limit")
+            rows.append(brief(run, method=run.method))
+            if self.baseline and run is not self.baseline:
+                above = plus_minus(*difference(run, self.baseline), 3, "+")
+                rows[-1] |= {f"above `{self.baseline.name}`, prompt by prompt": above}
+        return table(rows, "above-the-baseline")
 
     def seeds(self, others):
         """The same runs with other seeds, in folders seed-*."""
@@ -240,23 +270,27 @@ def best_beta(lr, some):
     if len(some) < 2:
         return []
     best, *others = sorted(some, key=lambda run: -run.result["reward"])
-    ties = ", ".join(f"`{run.name}`" for run in others if not clearly_better(best, run))
-    tie = f" (not told apart from {ties}: within two standard errors, prompt by prompt)" if ties else ""
+    above = [(run, *difference(best, run)) for run in others]
+    told = ", ".join(f"{plus_minus(mean, error, 3, '+')} over `{run.name}`" for run, mean, error in above)
+    ties = ", ".join(f"`{run.name}`" for run, mean, error in above if not mean > 2 * error)
+    ties = f"; not told apart from {ties}: within two standard errors" if ties else ""
     lowest = min(some, key=lambda run: run.result["test_loss"])
-    return [f"At lr {lr:g} the highest reward is that of `{best.name}`{tie}; the lowest test loss, that of "
-            f"`{lowest.name}`, does not choose between betas.\n"]
+    return [f"At lr {short(lr)} the highest reward is that of `{best.name}` (prompt by prompt {told}{ties}); the "
+            f"lowest test loss, that of `{lowest.name}`, does not choose between betas.\n"]
 
 
-def clearly_better(run, other):
-    """True if the run's reward is above the other's by two standard errors of the difference, prompt by prompt."""
-    own, others = ({(row["number"], row.get("prompt")): row["reward"] for row in one.completions}
-                   for one in (run, other))
-    if own.keys() == others.keys() and len(own) > 1 and run.k == other.k == 1:
-        mean, error = mean_and_error(np.array([own[prompt] - others[prompt] for prompt in own]))
-    else:  # other prompts: as if independent
-        mean = run.result["reward"] - other.result["reward"]
-        error = sum((one.result["reward_se"] or 0) ** 2 for one in (run, other)) ** 0.5
-    return mean > 2 * error
+def mean_of(values, places=3):
+    return plus_minus(*mean_and_error(values), places)
+
+
+def difference(run, other):
+    """-> the run's reward less the other's and its standard error: prompt by prompt, where both have the prompts."""
+    own, others = samples_by_prompt(run), samples_by_prompt(other)
+    both = [prompt for prompt in own if prompt in others]
+    if len(both) > 1:
+        return mean_and_error(means(own, both) - means(others, both))
+    error = sum((one.result["reward_se"] or 0) ** 2 for one in (run, other)) ** 0.5  # as if independent
+    return run.result["reward"] - other.result["reward"], error
 
 
 def main(argv=None):
@@ -275,6 +309,10 @@ def main(argv=None):
         lines += ["", *section]
     lines += ["## The same prompts, continued by every policy", *side_by_side(report.compared), *report.settings()]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+    if lacking := re.findall(r"^## (Q[\d.]+):(?:(?!^## ).)*?^\*Not here", text, re.DOTALL | re.MULTILINE):
+        title, rest = text.split("\n", 1)
+        said = f"Not answered yet: {', '.join(lacking)}. `{report.make('sweep')}` makes all that they lack."
+        text = f"{title}\n\n{said}\n{rest}"
     write_whole(args.folder / "results.md", text)
     shown = [line for line in overview if not line.startswith("<!--")]
     print("\n".join([*shown, *side_by_side(report.compared, prompts=1)]))

@@ -16,7 +16,7 @@ from support.files import read_rows
 
 RESULTS = ("reward", "reward_se", "kl", "kl_se", "n", "samples")  # what an eval.json must have; DPO's more
 TESTED = ("test_loss", "test_accuracy", "test_margin")
-COMPLETION = {"number", "completion", "reward", "reference_logp", "length"}
+COMPLETION = {"number", "prompt", "completion", "reward", "kl", "reference_logp", "length"}
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what reading a folder that is no run's raises
 ORDER = ("untouched", "REINFORCE", "REINFORCE, leave-one-out", "DPO", "evaluated", "samples of the original",
          "on train prompts")
@@ -92,22 +92,28 @@ def comparable(found):
     return [run for run in found if run.result and run.method not in ("samples of the original", "on train prompts")]
 
 
+@functools.cache
 def samples_by_prompt(run):
-    """-> {prompt's number: the rows of its k completions}; of a run cut short only the prompts that are whole."""
+    """-> {(number, prompt): the rows of its k completions}; of a run cut short only the prompts that are whole."""
     prompts = {}
     for row in run.completions:
-        prompts.setdefault(row["number"], []).append(row)
-    return {number: rows for number, rows in prompts.items() if len(rows) == run.k}
+        prompts.setdefault((row["number"], row["prompt"]), []).append(row)
+    return {prompt: rows for prompt, rows in prompts.items() if len(rows) == run.k}
+
+
+def means(groups, prompts, name="reward"):
+    """-> (prompts,): the mean of what has that name, over the completions of each of the prompts."""
+    return np.array([np.mean([row[name] for row in groups[prompt]]) for prompt in prompts])
 
 
 def sample_rewards(found):
-    """-> (prompts, k), rewards of k samples of the original policy for each of some prompts, or None.
+    """-> {(number, prompt): rewards of k samples of the original policy}, {} if there are none.
 
     Of several such runs the one with the most samples a prompt.
     """
     for run in sorted(found, key=lambda run: -run.k):
         if run.result and run.method == "samples of the original":
-            whole = [[row["reward"] for row in rows] for rows in samples_by_prompt(run).values()]
+            whole = {prompt: [row["reward"] for row in rows] for prompt, rows in samples_by_prompt(run).items()}
             if whole:
-                return np.array(whole)
-    return None
+                return whole
+    return {}

@@ -1,8 +1,11 @@
 """The lines of Markdown that report.py makes of runs: numbers, tables, what is missing, texts. Loads no torch."""
 
+import math
 import re
 import textwrap
 from pathlib import Path
+
+import numpy as np
 
 from support.command import COURSE
 from support.files import plain
@@ -14,10 +17,21 @@ def digits(value, places):
     return "" if value is None else f"{value:.{places}f}"
 
 
+def short(number):
+    """0.02 and 5e-7, as one writes them."""
+    return np.format_float_scientific(number, trim="-", exp_digits=1) if 0 < number < 1e-3 else f"{number:g}"
+
+
+def plus_minus(mean, error, places, sign=""):
+    """A mean with its standard error, where there is one, of which at least one digit is to be seen."""
+    if error is None:
+        return f"{mean:{sign}.{places}f}"
+    places = max(places, min(4, math.ceil(-math.log10(error))) if error > 1e-9 else 0)  # below: rounding, all are equal
+    return f"{mean:{sign}.{places}f} ± {error:.{places}f}"
+
+
 def with_error(result, key, places):
-    """A mean with its standard error, where there is one."""
-    error = result.get(key + "_se")
-    return digits(result[key], places) + ("" if error is None else f" ± {error:.{places}f}")
+    return plus_minus(result[key], result.get(key + "_se"), places)
 
 
 def spread(values, places):
@@ -74,7 +88,9 @@ def beside(name, own, target="", student=""):
     """The assignment's target, the student's number and ours, one below the other."""
     rows = [{"": "the assignment's target", name: target}] if target else []
     rows += [{"": "a student's report (DistilGPT2; theirs)", name: student}] if student else []
-    return table([*rows, *({"": f"here, `{run.name}`", name: value} for run, value in own)])
+    rows += [{"": f"here, `{run.name}`", name: value, "method": run.method, "policy": inline(run.flags["policy"]),
+              "lr": short(run.flags["lr"]) if run.flags.get("lr") else ""} for run, value in own]
+    return table(rows)
 
 
 def what_lacks(found, expected, make):

@@ -86,18 +86,46 @@ def test_the_kl_of_best_of_n_is_at_most_the_bound():
     assert kls[0] < kls[1] < kls[2] < measures.best_of_kl(4) < kls[2] + 0.01
 
 
-def test_the_limit_by_hand():
+def test_the_limits_value_by_hand():
     """Probabilities 1/2, 1/4, 1/8, 1/8, as 8 samples, rewards 0, 1, 2, 3, alpha 1 / ln 2, so exp(r / alpha) = 2^r.
 
-    Z = 1/2 + 2/4 + 4/8 + 8/8 = 5/2; pi* = 1/5, 1/5, 1/5, 2/5; reward 9/5; KL = 9/5 ln 2 - ln 5/2. The weights are
-    1/20 four times, 2/20 twice, 4/20, 8/20: effective samples 400 / (4 + 8 + 16 + 64).
+    alpha * log is log2. The weights 1 (four times), 2 (twice), 4, 8 add up to 20: log2(20/8) = 1.321928. Without one of
+    them they add up to 19 (four times), 18 (twice), 16, 12: the mean of log2(19/7) .. log2(12/7) is 1.307211. The
+    jackknife: 8 * 1.321928 - 7 * 1.307211 = 1.424950.
     """
     rewards = np.array([[0, 0, 0, 0, 1, 1, 2, 3], [1.0] * 8])
-    reward, kl, effective = measures.tilted(rewards, 1 / math.log(2))
-    assert reward == pytest.approx([1.8, 1]) and effective == pytest.approx([400 / 92, 8])
-    assert kl == pytest.approx([1.8 * math.log(2) - math.log(2.5), 0])
-    reward, kl, effective = measures.tilted(rewards, 1e-4)  # what was not sampled cannot be found
-    assert (reward[0], kl[0], effective[0]) == pytest.approx((3, math.log(8), 1))
+    assert measures.value(rewards, 1 / math.log(2)) == pytest.approx([1.424950, 1], abs=2e-6)
+
+
+def test_the_limit_ends_where_too_few_samples_are_effective():
+    # Six rewards 0 and two 1: (6 + 2w)^2 / (6 + 2w^2) effective samples, w = exp(1 / alpha). Four of them where
+    # w^2 - 6w - 3 = 0, so w = 3 + sqrt(12), alpha = 0.5358. Of ten prompts the last has 8 equal ones and is fine.
+    rewards = np.array([[0, 0, 0, 0, 0, 0, 1, 1.0]] * 9 + [[0.5] * 8])
+    alphas, values = measures.limit(rewards)
+    assert list(alphas) == sorted(alphas, reverse=True) and values.shape == (len(alphas), 10)
+    assert alphas[-1] ** 2 / alphas[-2] < 1 / math.log(3 + math.sqrt(12)) <= alphas[-1]
+    odd = np.array([[0, 0, 0, 0, 0, 0, 0, 1.0]])  # goes down to one effective sample
+    assert measures.limit(np.concatenate([np.full((19, 8), 0.5), odd]))[0][-1] == pytest.approx(0.005)  # one in twenty
+    assert measures.limit(np.concatenate([np.full((4, 8), 0.5), odd]))[0][-1] > 0.2  # one in five is too many
+
+
+def test_the_limit_of_a_coin_by_hand():
+    """Rewards 0 and 1, as likely: whoever has 1 with probability 3/4 has the KL 3/4 ln 3/2 + 1/4 ln 1/2 = 0.130812.
+
+    Two prompts, of which one always pays 1/2: a mean reward of 5/8 costs 0.065406 in the mean. 1,000 samples are as
+    good as all. More than 1 there is not, and 1 has the KL ln 2 = 0.693 (0.347 in the mean).
+    """
+    rewards = np.array([[0.0, 1.0] * 500, [0.5] * 1000])
+    limit = measures.limit(rewards)
+    assert measures.most_reward(*limit, 0.065406).mean() == pytest.approx(0.625, abs=1e-4)
+    assert measures.most_reward(*limit, np.array([0.130812, 0])) == pytest.approx([0.75, 0.5], abs=0.01)
+    assert measures.least_kl(*limit, np.array([0.75, 0.5])).mean() == pytest.approx(0.065406, abs=1e-4)
+    assert measures.least_kl(*limit, np.array([0.0, 0.5])).mean() == pytest.approx(0, abs=1e-3)
+    assert measures.most_reward(*limit, 0.35) is None and measures.least_kl(*limit, np.array([1.0, 0.6])) is None
+    curve = np.array(measures.limit_curve(rewards, 0.065406))
+    # alpha is 1 / ln 3 there (odds of 3), the value of the coin ln 2 / ln 3 = 0.630930, of the other 1/2.
+    assert curve[0] == pytest.approx([0.065406, 0.625, 0.065465], abs=2e-3)
+    assert curve[-1, :2] == pytest.approx([math.log(2) / 2, 0.75], abs=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -133,16 +161,27 @@ def test_the_tiny_policys_completions_are_all_there(exact):
 
 @pytest.mark.parametrize("alpha", [1.0, 0.3, 0.1])
 def test_the_limit_is_that_of_exact_enumeration(exact, alpha):
+    """The value of 250 times 16 samples is that of all completions, to four standard errors. The correction is what a
+    logarithm is too low by, half the relative variance of the mean. The limit has pi*'s reward at its KL, nobody more.
+    """
     chances, reward, sampled = exact
     best = chances * np.exp(reward / alpha)
+    expected = alpha * np.log(best.sum(axis=1)).mean()
+    few = sampled.reshape(500, 16)
+    found = measures.value(few, alpha).reshape(2, 250).mean(axis=0)
+    plain = (alpha * np.log(np.exp(few / alpha).mean(axis=1))).reshape(2, 250).mean(axis=0)
+    error = found.std() / 250**0.5
+    assert abs(found.mean() - expected) < 4 * error
+    spread = (chances * np.exp(2 * reward / alpha)).sum(axis=1) / best.sum(axis=1) ** 2 - 1  # relative variance
+    assert found.mean() - plain.mean() == pytest.approx(alpha * spread.mean() / (2 * 16), rel=0.25)
     best /= best.sum(axis=1, keepdims=True)
-    exact_kl = (best * np.log(best / chances)).sum(axis=1)
-    found, kl, effective = measures.tilted(sampled, alpha)
-    assert found == pytest.approx(best @ reward, abs=0.02) and kl == pytest.approx(exact_kl, abs=0.05)
-    assert effective == pytest.approx(4000 / (best**2 / chances).sum(axis=1), rel=0.1)
+    limit = measures.limit(sampled)
+    kl = (best * np.log(best / chances)).sum(axis=1)
+    assert measures.most_reward(*limit, kl).mean() == pytest.approx((best @ reward).mean(), abs=0.02)
+    assert measures.least_kl(*limit, best @ reward).mean() == pytest.approx(kl.mean(), abs=0.05)
     for other in (chances, chances[::-1], np.full_like(chances, 1 / len(reward)), 0.5 * (best + chances)):  # all worse
-        value = other @ reward - alpha * (other * np.log(other / chances)).sum(axis=1)
-        assert (value <= best @ reward - alpha * exact_kl + 1e-9).all()
+        most = measures.most_reward(*limit, (other * np.log(other / chances)).sum(axis=1))
+        assert most is None or (other @ reward).mean() < most.mean() + 0.02
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 32])
@@ -152,13 +191,3 @@ def test_best_of_n_is_that_of_exact_enumeration(exact, n):
     below = chances[:, order].cumsum(axis=1)  # P(reward <= that of each completion)
     expected = (np.diff(below**n, axis=1, prepend=0) * reward[order]).sum(axis=1)
     assert measures.best_of(sampled, n) == pytest.approx(expected, abs=0.03)
-
-
-def test_the_limit_ends_where_too_few_samples_are_effective(exact):
-    rewards = exact[2][:, :32]
-    points = measures.limit(rewards)
-    alphas, gained, kls = zip(*points, strict=True)
-    assert list(gained) == sorted(gained) and list(kls) == sorted(kls) and list(alphas) == sorted(alphas, reverse=True)
-    effective = [measures.tilted(rewards, alpha)[2].mean() for alpha in (alphas[-1], alphas[-1] ** 2 / alphas[-2])]
-    assert effective[1] < measures.ENOUGH <= effective[0]
-    assert measures.between(2, [1, 3], [10, 30]) == 20 and measures.between(4, [1, 3], [10, 30]) is None

@@ -28,7 +28,7 @@ def write_samples(folder, split, lines, **more):
     settings |= {"reward_model": "judge", "prompts": "reviews", **more}
     write_run(folder, 0.5, 0, "", settings, n=len({line[0] for line in lines}))
     rows = [{"number": number, "prompt": prompt, "completion": text, "text": prompt + text, "reward": reward,
-             "reference_logp": -1.0, "length": 2} for number, prompt, text, reward in lines]
+             "kl": 0.0, "reference_logp": -1.0, "length": 2} for number, prompt, text, reward in lines]
     (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     change(folder / "config.json", script="reward.py")
     return folder

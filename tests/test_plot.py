@@ -2,15 +2,18 @@
 
 import itertools
 import math
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import plot
-from report import report, run_folders
+from lab import broken
+from report import measures, report, run_folders
 from support.command import launch
 from support.files import HOME
 from tests.written_runs import steps, write_course, write_run
@@ -57,8 +60,11 @@ def test_dpo_curves(found):
 
 def test_the_frontiers_dots_are_the_results_and_their_names_cover_nothing(found):
     finished = run_folders.comparable(found)
-    axes = plot.frontier_figure(finished, run_folders.sample_rewards(found)).axes[0]
-    dots = [tuple(box.lines[0].get_xydata()[0]) for box in axes.containers]
+    rewards = np.array([*run_folders.sample_rewards(found).values()])
+    axes = plot.frontier_figure(finished, rewards).axes[0]
+    best, *dots = (box.lines[0].get_xydata() for box in axes.containers)
+    assert best.tolist() == [[measures.best_of_kl(n), measures.best_of(rewards, n).mean()] for n in (2, 4, 8, 16)]
+    dots = [tuple(dot[0]) for dot in dots]
     assert dots == [(run.result["kl"], run.result["reward"]) for run in finished[1:]]  # the first is the baseline
     notes = [note for note in axes.texts if note.get_text()]
     assert [note.get_text() for note in notes] == [run.name for run in finished[1:]]
@@ -68,6 +74,37 @@ def test_the_frontiers_dots_are_the_results_and_their_names_cover_nothing(found)
     covered = axes.transData.transform([*dots, *limit.get_xydata()])
     assert not any(box.count_contains(covered) for box in boxes)
     assert all(axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 for box in boxes)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_nothing_of_a_figure_lies_outside_its_canvas(tmp_path, count):
+    """Whatever can be seen of texts, legends and axes, at the size that is saved."""
+    course, reinforce = write_course(tmp_path / "course"), {"advantage": "loo", "lr": 1e-4}
+    tested = {"test_loss": 0.6, "test_accuracy": 0.9, "test_margin": 0.2}
+    rows = steps(loss=0.1, accuracy=0.1, margin=0.1, chosen_logratio=-1, rejected_logratio=-2)
+    rows += [{"epoch": 1, **tested}]
+    for i in range(count):
+        alpha, beta = {**reinforce, "alpha": float(i)}, {"beta": 0.1 + i, "lr": 5e-7 * (1 + i % 2)}
+        write_run(tmp_path / f"alpha-{i}", 0.9, 10.0**i, "x", alpha, metrics=steps(reward=0.1, kl=1.0))
+        write_run(tmp_path / f"beta-{0.1 + i}-lr-5e-{i}", 0.1 * i, 0.1, "x", beta, metrics=rows, **tested)
+    shutil.copytree(course / "samples-16", tmp_path / "samples-16")
+    found = run_folders.load_runs(tmp_path)
+    reinforced, preferred = ([run for run in found if key in run.flags] for key in ("alpha", "beta"))
+    healthy = reinforced[0] if count == 1 else reinforced[-1]
+    for run in found:
+        run.metrics = [row | {"grad_norm": 1.0} for row in run.metrics]
+    rewards = np.array([*run_folders.sample_rewards(found).values()])
+    figures = [plot.reinforce_figure(reinforced), plot.dpo_figure(preferred), plot.dpo_margins_figure(preferred),
+               plot.frontier_figure(run_folders.comparable(found), rewards),
+               broken.broken_reinforce(healthy, reinforced), broken.broken_dpo(preferred[0], preferred, {})]
+    for figure in figures[-2:]:
+        broken.save(figure, tmp_path / "figure.png")
+    for number, figure in enumerate(figures):
+        FigureCanvasAgg(figure).draw()
+        boxes = [axes.get_tightbbox() for axes in figure.axes]  # with their names and legends
+        for box in [*boxes, *(legend.get_window_extent() for legend in figure.legends)]:
+            inside = min(box.x0, box.y0) >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+            assert inside, (number, box, figure.bbox)
 
 
 def test_plot_draws_what_there_is_and_says_where(tmp_path, capsys):

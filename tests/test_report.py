@@ -36,6 +36,13 @@ def section(folder, title):
     return re.search(rf"## {re.escape(title)}[^\n]*\n(.*?)(?=\n## |\Z)", text, re.DOTALL)[1]
 
 
+def write_rewards(folder, rewards):
+    """Gives a run's completions these rewards, in turns."""
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    rows = [json.dumps(row | {"reward": rewards[i % len(rewards)]}) for i, row in enumerate(rows)]
+    (folder / "completions.jsonl").write_text("\n".join(rows) + "\n")
+
+
 def cells(text, start):
     """The row of a Markdown table that begins so: {column: cell}."""
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
@@ -86,7 +93,8 @@ def test_betas_are_compared_by_what_compares(folder):
     row = cells(betas, "`beta-0.25`")
     assert (row["margin / beta, nats"], row["a student's (theirs)"], row["accuracy"]) == ("0.80", "0.6207", "0.900")
     # The completions' rewards are alike, so nothing tells them apart, whatever the standard errors of each.
-    assert "highest reward is that of `beta-0.1` (not told apart from `beta-0.25`, `beta-0.4`: within two" in betas
+    assert ("highest reward is that of `beta-0.1` (prompt by prompt +0.000 ± 0.000 over `beta-0.25`, +0.000 ± 0.000 "
+            "over `beta-0.4`; not told apart from `beta-0.25`, `beta-0.4`: within two standard errors)") in betas
     assert "the lowest test loss, that of `beta-0.4`, does not choose" in betas
     about = json.loads((folder / "beta-0.1" / "config.json").read_text())
     about["flags"]["lr"] = 5e-5  # at another learning rate there is no number of the student's, and no contest
@@ -94,42 +102,54 @@ def test_betas_are_compared_by_what_compares(folder):
     report.main([str(folder)])
     betas = section(folder, "Q4.4")
     assert cells(betas, "`beta-0.1`")["a student's (theirs)"] == ""
-    assert "At lr 5e-07 the highest reward is that of `beta-0.25` (not" in betas and "At lr 5e-05" not in betas
+    assert "At lr 5e-7 the highest reward is that of `beta-0.25` (prompt" in betas and "At lr 5e-5" not in betas
+    assert (cells(betas, "`beta-0.1`")["lr"], cells(betas, "`beta-0.25`")["lr"]) == ("5e-5", "5e-7")
 
 
 def test_rewards_are_compared_prompt_by_prompt_where_they_can_be(folder):
     best, other = (run for run in run_folders.load_runs(folder) if run.name in ("beta-0.25", "beta-0.4"))
-    assert not report.clearly_better(best, other)
+    assert report.difference(best, other) == (0, 0)
     for row in other.completions:
         row["reward"] -= 0.02 + 0.01 * (row["number"] % 2)  # each worse, by 0.025 ± 0.001: far less than they vary
-    assert report.clearly_better(best, other) and not report.clearly_better(other, best)
     other.completions.reverse()
-    assert report.clearly_better(best, other)
-    other.completions.pop()  # other prompts: 0.59 and 0.50, each ± 0.01, differ by 0.09 ± 0.014
-    assert report.clearly_better(best, other)
-    other.result["reward"] = 0.57  # 0.02 ± 0.014
-    assert not report.clearly_better(best, other)
+    # 0.02 and 0.03, ten times each: their standard deviation is 0.005 * sqrt(20 / 19), over sqrt(20).
+    assert report.difference(best, other) == pytest.approx((0.025, 0.005 / 19**0.5))
+    assert report.difference(other, best) == pytest.approx((-0.025, 0.005 / 19**0.5))
+    for row in other.completions:
+        row["prompt"] = "another"
+    run_folders.samples_by_prompt.cache_clear()
+    assert report.difference(best, other) == pytest.approx((0.59 - 0.5, 0.01 * 2**0.5))  # the results', as independent
 
 
 @pytest.mark.usefixtures("text_only")
 def test_the_frontiers_tables(folder):
+    write_rewards(folder / "beta-0.1", [0.5, 0.7])
     report.main([str(folder)])
     text = section(folder, "The frontier")
     # Rewards 0, 1/8 .. 7/8, each twice a prompt: 20 prompts alike, so no error.
     assert cells(text, "1")["reward"] == "0.438 ± 0.000" and cells(text, "16")["reward"] == "0.875 ± 0.000"
     assert cells(text, "8")["KL at most, nats"] == "1.20"  # ln 8 - 7/8
-    # beta-0.1 has reward 0.6 at a KL of 0.1. The limit has 0.6 where mean(r e^(r/alpha)) = 0.6 mean(e^(r/alpha)): at
-    # alpha 0.46985, with KL 0.6 / 0.46985 - ln mean(e^(r/alpha)) = 0.1667; and 0.1 nats at alpha 0.62035, with 0.5643.
+    # beta-0.1 has rewards 0.5 and 0.7, 0.6 ± 0.1 / sqrt(19), at a KL of 0.1. If these 16 were all texts there are, the
+    # limit would have 0.6 where mean(r e^(r/alpha)) = 0.6 mean(e^(r/alpha)): at alpha 0.46985, with KL 0.6 / 0.46985 -
+    # ln mean(e^(r/alpha)) = 0.1667; and 0.1 nats at alpha 0.62035, with 0.5643. As 16 samples they are corrected by
+    # alpha / 32 times the relative variance of e^(r/alpha), 0.346 and 0.206: 0.5643 + 0.0040, 0.1667 - 0.0108.
     row = cells(text, "`beta-0.1`")
-    assert (row["the limit's reward for this KL"], row["the limit's KL for this reward"]) == ("0.564", "0.17")
-    assert cells(text, "`alpha-0`")["the limit's KL for this reward"] == "-"  # beyond what is drawn
+    assert (row["the limit's reward for this KL"], row["the limit's KL for this reward"]) == ("0.568", "0.16")
+    assert (row["reward"], row["KL, nats"], row["prompts"]) == ("0.600 ± 0.023", "0.10 ± 0.00", "20")
+    assert row["more by"] == "-0.032 ± 0.023"  # better than possible, by chance
+    # 0.1 / 0.156 = 0.64, with the error of 0.64 times (reward / 0.47) over 0.156: 0.64 * 0.0488 / 0.156 = 0.20.
+    assert row["the run's KL is times"] == "0.6 ± 0.2"
+    row = cells(text, "`alpha-0`")
+    assert row["the limit's KL for this reward"] == "0.00" and row["the run's KL is times"] == ""  # less than all
+    assert row["the limit's reward for this KL"] == row["more by"] == "-"  # beyond what is drawn
 
 
 def test_a_limit_of_too_few_samples_is_not_drawn(folder):
     shutil.rmtree(folder / "samples-16")
-    write_run(folder / "samples-4", 0.5, 0, "it is", {"samples_per_prompt": 4})
+    write_run(folder / "samples-3", 0.5, 0, "it is", {"samples_per_prompt": 3})
     report.main([str(folder)])
-    assert "is not drawn: for no alpha at least 8 of the 4 samples" in section(folder, "The frontier")
+    said = section(folder, "The frontier")
+    assert "is not drawn: for no alpha is it so that for 90% of the prompts at least 4 of 3 samples" in said
 
 
 @pytest.mark.usefixtures("text_only")

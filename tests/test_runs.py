@@ -234,6 +234,10 @@ def test_a_row_of_the_evaluation_does_not_depend_on_the_rows_beside_it(world, tm
         more = ["--samples-per-prompt", 3, "--eval-batch-size", size]
         call("reward", *flags(world, "reward", tmp_path / str(size), *more))
         found.append(rows_of(tmp_path / str(size) / "completions.jsonl"))
+    # Nor on k, the limit and the length: the first samples of the first prompts are the same, as far as they go.
+    call("reward", *flags(world, "reward", tmp_path / "few", "--eval-limit", 5, "--completion-len", 12))
+    for row in rows_of(tmp_path / "few" / "completions.jsonl"):
+        assert found[0][3 * row["number"]]["text"].startswith(row["text"].rstrip("\ufffd"))
     assert len(found[0]) == 60 and len({row["completion"] for row in found[0]}) == 60
     for rows in found[1:]:
         for row, same in zip(rows, found[0], strict=True):

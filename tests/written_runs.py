@@ -12,7 +12,7 @@ def write_run(folder, reward, kl, text, flags, logp=-2.0, metrics=(), **results)
     (folder / "config.json").write_text(json.dumps(about))
     k = given["samples_per_prompt"]
     rows = [{"number": i // k, "prompt": f"I saw {i // k}", "completion": f" {text} {i % 7}", "reward": (i % 8) / 8,
-             "reference_logp": 5 * (logp + i / 1000), "length": 5} for i in range(20 * k)]
+             "kl": kl, "reference_logp": 5 * (logp + i / 1000), "length": 5} for i in range(20 * k)]
     (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     shown = [{key: row[key] for key in ("prompt", "completion", "reward")} for row in rows[::k][:5]]
