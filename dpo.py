@@ -151,7 +151,7 @@ def main(argv=None):
     flags.set_defaults(precision="fp32")  # at this lr weights move less than bf16 can see: docs/speed.md
     add = flags.add_argument
     add("--pairs", default=command.COURSE["pairs"], help="hub name or local folder (%(default)s)")
-    add("--beta", type=command.positive, default=0.1, help="hold of the original: larger moves less (%(default)s)")
+    add("--beta", type=command.positive, default=0.1, help="factor in the loss: larger moves less (%(default)s)")
     add("--max-len", type=command.count, default=128, help="tokens of prompt + completion at most (%(default)s)")
     add("--micro-batch", type=command.count, metavar="B", help="pairs in memory at a time (the whole batch)")
     run = command.open_run(flags, argv, "dpo.py")

@@ -68,7 +68,7 @@ def reinforce_figure(runs):
             curve(axes, run, key, colours[names[run]], run.name, len(runs) < 4, style=style)
     left.set(xlabel="step", ylabel="reward, P(positive), mean of the batch", ylim=(0, 1))
     right.set_yscale("symlog", linthresh=1)  # even up to 1 nat, logarithmic above: a collapse is 100 away
-    right.set(xlabel="step", ylabel="KL to the original, nats (to 1 even, above log)", ylim=(0, None))
+    right.set(xlabel="step", ylabel="KL to the original, nats (linear to 1, then log)", ylim=(0, None))
     right.yaxis.set_major_formatter("{x:g}")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", title=f"mean of up to {WINDOW} steps")
     return figure

@@ -39,9 +39,9 @@ def reinforce_loss(logps, mask, reward):
 def leave_one_out(reward):
     """(B,) -> (B,): each reward minus the mean of the batch's others (a row alone keeps its reward).
 
-    A baseline that does not depend on the row's own sample keeps the gradient's mean and cuts its variance.
-    The mean of all B would not do: it holds the row's own reward and shrinks the gradient to (B-1)/B of it.
-    Kool et al. (2019), "Buy 4 REINFORCE samples, get a baseline for free!"
+    A baseline that does not depend on the row's own sample keeps the gradient's mean. Kool et al. (2019), "Buy
+    4 REINFORCE samples, get a baseline for free!", take samples of one prompt; these are other prompts', so
+    what prompts differ by stays in. The mean of all B would leave (B-1)/B of it, so alpha would weigh more.
     """
     others = (reward.sum() - reward) / max(len(reward) - 1, 1)
     return reward - others

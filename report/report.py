@@ -227,9 +227,10 @@ class Report:
         row["the limit's reward for this KL"] = "-" if most is None else digits(most.mean(), 3)
         row["more by"] = "-" if most is None else mean_of(most - reward)
         row["the limit's KL for this reward"] = "-" if least is None else digits(max(least.mean(), 0), 2)
-        if least is not None and least.mean() > 2 * (mean_and_error(least)[1] or 0):  # else next to nothing, or 0
+        if least is not None and least.mean() > 0:
             times = kl.mean() / least.mean()
-            row["the run's KL is times"] = plus_minus(times, mean_and_error(kl - times * least)[1] / least.mean(), 1)
+            error = (mean_and_error(kl - times * least)[1] or 0) / least.mean()
+            row["the run's KL is times"] = plus_minus(times, error, 1) if 2 * error < times else "-"
         return row
 
     def against_baseline(self):
