@@ -113,8 +113,8 @@ report("untouched", evaluate(tokenizer, model, reward_tokenizer, reward_model))
 # about the mean: one reward has a standard deviation of 0.33 in the toy world, so the mean of five is ±
 # 0.15. ([ANSWERS.md, section 1](../ANSWERS.md#section-1))
 #
-# **Q1.3** `loop` is the progress bar: take it away, and every number stays the same. ([ANSWERS.md,
-# section 1](../ANSWERS.md#section-1))
+# **Q1.3** `loop` is a progress bar, moved by hand beside the `for` over the batches: take it away, and
+# every number stays the same. ([ANSWERS.md, section 1](../ANSWERS.md#section-1))
 
 # %% [markdown]
 # ## 2 REINFORCE
@@ -186,25 +186,25 @@ plt.show()
 report("REINFORCE", evaluate(tokenizer, model, reward_tokenizer, reward_model))
 
 # %% [markdown]
-# **Q2.1, Q2.2** The curve, the test reward and five texts are above. After a whole epoch they are more
-# positive to the classifier; to a reader they repeat a few words. ([ANSWERS.md, section
+# **Q2.1, Q2.2** The curve, the test reward and five texts are above. After a whole epoch those of our
+# runs were more positive to the classifier, and no reviews to a reader. ([ANSWERS.md, section
 # 2](../ANSWERS.md#section-2))
 #
 # **Q2.3** REINFORCE gets what it is paid for, the classifier's score and nothing else, and it learns from
 # noisy estimates: one number for twenty tokens, of its own samples only. ([ANSWERS.md, section
 # 2](../ANSWERS.md#section-2))
 #
-# **Q2.4** `reset_model_optimizer()` loads the pretrained policy anew and makes a new AdamW for its
-# weights, so that an experiment does not go on from where the last one ended. ([ANSWERS.md, section
-# 2](../ANSWERS.md#section-2))
+# **Q2.4** `reset_model_optimizer()` loads the pretrained policy anew, makes a new AdamW for its weights,
+# and binds the global names to both: no experiment goes on from where the last one ended. ([ANSWERS.md,
+# section 2](../ANSWERS.md#section-2))
 #
 # **Q2.5** `log_probs` is (batch, positions, vocabulary), here (32, 30, 50257): position t holds the
 # forecast of token t + 1. Positions 9 to 28 belong to the sampled tokens, the last one to none.
 # ([ANSWERS.md, section 2](../ANSWERS.md#section-2))
 #
 # **Q3.4** The loss runs over the tokens that the policy chose, the completion's up to its first eos:
-# prompt tokens are not its actions, and what follows the eos nobody sampled. (The template's hint of 29
-# log-probs a row counts the prompt in.) ([ANSWERS.md, section 3](../ANSWERS.md#section-3))
+# prompt tokens are not its actions, and what follows the eos nobody sampled. (The template's 29 log-probs
+# a row are the 30 tokens' but the first one's, prompt included.) ([ANSWERS.md, section 3](../ANSWERS.md#section-3))
 
 # %% [markdown]
 # ## 3 Regularization
@@ -240,8 +240,8 @@ above.legend()
 plt.show()
 
 # %% [markdown]
-# **Q3.1** Without a penalty the KL rises until nothing is left of what the original knew, and the reward
-# does not show it. ([ANSWERS.md, section 3](../ANSWERS.md#section-3))
+# **Q3.1** Without a penalty the KL rises steeply, and the reward does not show what is lost. ([ANSWERS.md,
+# section 3](../ANSWERS.md#section-3))
 #
 # **Q3.2** alpha is a price: the reward that a nat of a whole completion's KL must earn. Which alpha does
 # what depends on the models, and on the KL's unit: averaged over 20 tokens it needs an alpha 20 times as
@@ -259,7 +259,7 @@ def compute_DPO_loss(policy_chosen_logps, policy_rejected_logps, reference_chose
     """Four (B,) -> (): Rafailov et al. (2023), equation 7. At the start, policy = reference, it is ln 2."""
     chosen_logratios = policy_chosen_logps - reference_chosen_logps
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
-    margins = beta * (chosen_logratios - rejected_logratios)  # beta inside: it is the hold of the reference
+    margins = beta * (chosen_logratios - rejected_logratios)  # beta inside: not a factor of the loss
     return -F.logsigmoid(margins).mean()  # log(sigmoid(-800)) would be -inf
 
 
@@ -378,7 +378,7 @@ plt.show()
 # to rounding.
 #
 # **Q4.2, Q4.3** At a learning rate of 5e-7 the policy hardly moves, so its texts are nearly the
-# original's; REINFORCE's is 200 times as large. DPO never asks the classifier about its own texts.
+# original's; REINFORCE's is 200 times as large. DPO learns about given texts, few and of other prompts.
 # ([ANSWERS.md, section 4](../ANSWERS.md#section-4))
 #
 # **Q4.4** Losses of different betas cannot be compared: the margin in them is multiplied by beta. Compare
