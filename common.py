@@ -110,8 +110,6 @@ def sample(model, prompts, uniform, keep_logits=False):
     keep_logits: -> tokens and (B, N, V), the logits that they were drawn from, 0 after a row's eos.
     """
     eos, (batch, length) = model.config.eos_token_id, uniform.shape
-    exact = torch.float32 if prompts.device.type == "mps" else torch.float64  # MPS has no other
-    uniform = uniform.clamp(max=1 - 2**-24).to(prompts.device, exact)  # fp32 would round some up to 1
     tokens = torch.cat([prompts, prompts.new_full((batch, length), eos)], dim=1)
     rows = torch.arange(batch, device=prompts.device)  # those that have not ended
     cache, new, kept = None, prompts, None  # keys and values of what was fed; what is to be fed
@@ -153,6 +151,14 @@ def draw(logits, uniform):
 def seeded(seed, use):
     """A torch.Generator on the CPU for one use ("sampling", "train order"), so that no use disturbs another."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {use}".encode()))  # hash() is not the same twice
+
+
+def noise_on(device, generator, *shape):
+    """-> numbers in [0, 1) on the device, drawn on the CPU: the same everywhere. fp64, but for MPS."""
+    numbers = torch.rand(*shape, generator=generator, dtype=torch.float64)
+    if device.type == "mps":  # it has no fp64, and fp32 would round some up to 1
+        numbers = numbers.float().clamp(max=1 - 2**-24)
+    return numbers.to(device)
 
 
 def decode(tokenizer, tokens):

@@ -14,8 +14,8 @@ reduction, and unbiased.
 
 import torch
 
-from common import (completion_logits, completion_mask, decode, log_probs, masked_sum, sample, seeded, token_kl,
-                    token_logps, update)
+from common import (completion_logits, completion_mask, decode, log_probs, masked_sum, noise_on, sample, seeded,
+                    token_kl, token_logps, update)
 from reward import SAMPLE_EVERY, evaluate, log_samples, positivity
 from support import command, loading
 from support.ranks import all_gather, rank_slice
@@ -59,7 +59,7 @@ def train(policy, reference, tokenizer, scorer, prompts, test_prompts, run):
         for step, rows in progress.steps(shuffled.split(args.batch_size)):
             if (step - 1) % SAMPLE_EVERY == 0:
                 log_samples(policy, tokenizer, scorer, test_prompts, run, step - 1)
-            uniform = torch.rand(len(rows), args.completion_len, generator=noise, dtype=torch.float64)  # (B, N)
+            uniform = noise_on(device, noise, len(rows), args.completion_len)  # (B, N)
             own, weight = rank_slice(len(rows))  # all of the B rows and 1, unless torchrun deals them out
             with autocast, torch.no_grad():
                 tokens = sample(policy, prompts[rows[own]].to(device), uniform[own])  # (B, T)

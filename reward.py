@@ -13,8 +13,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from common import (completion_logits, completion_mask, decode, log_probs, masked_sum, sample, seeded, token_kl,
-                    token_logps)
+from common import (completion_logits, completion_mask, decode, log_probs, masked_sum, noise_on, sample, seeded,
+                    token_kl, token_logps)
 from support import command, loading
 from support.statistics import summary
 
@@ -47,9 +47,9 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
     batch_size = run.args.eval_batch_size or (256 if device.type == "cuda" else 64)
     found = []
     for batch in run.deal(torch.arange(len(prompts)).split(batch_size), "evaluate"):
-        inputs = prompts[batch].to(device), test_noise(run.args, batch, k)
+        uniform = test_noise(run.args, batch, device, k)
         with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
-            rows = complete(policy, reference, tokenizer, scorer, *inputs)
+            rows = complete(policy, reference, tokenizer, scorer, prompts[batch].to(device), uniform)
         found += zip(batch.tolist(), rows, strict=True)
     found = sorted(run.gather(found), key=lambda pair: pair[0])  # by place: a prompt's may be two ranks'
     rows = [{"number": place // k, **row} for place, row in found]
@@ -58,14 +58,14 @@ def evaluate(policy, reference, tokenizer, scorer, prompts, run):
     return {**result, "seconds": time.perf_counter() - start}
 
 
-def test_noise(args, places, k=1):
+def test_noise(args, places, device, k=1):
     """(B,) places among the completions, k of each prompt -> (B, N) in [0, 1): the numbers that draw them.
 
     They follow from --seed and the places of prompt, sample and token alone, whatever k, limit, length, batch
     and device are: each policy meets a prompt with the same numbers, so differences are paired.
     """
-    streams = [seeded(args.seed, f"evaluation, prompt {row // k}, sample {row % k}") for row in places.tolist()]
-    return torch.stack([torch.rand(args.completion_len, generator=one, dtype=torch.float64) for one in streams])
+    uses = [f"evaluation, prompt {place // k}, sample {place % k}" for place in places.tolist()]
+    return torch.stack([noise_on(device, seeded(args.seed, use), args.completion_len) for use in uses])
 
 
 def complete(policy, reference, tokenizer, scorer, prompts, uniform):
@@ -107,7 +107,8 @@ def texts_of(tokenizer, tokens, length):
 @torch.no_grad()
 def log_samples(policy, tokenizer, scorer, prompts, run, step):
     """Continues the first few prompts with the evaluation's numbers: rewards alone hide a collapse."""
-    prompts, uniform = prompts[:SAMPLES].to(policy.device), test_noise(run.args, torch.arange(len(prompts[:SAMPLES])))
+    prompts = prompts[:SAMPLES].to(policy.device)
+    uniform = test_noise(run.args, torch.arange(len(prompts)), policy.device)
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=run.bf16):
         starts, ends, texts = texts_of(tokenizer, sample(policy, prompts, uniform), uniform.shape[1])
         rewards = positivity(scorer, texts).tolist()

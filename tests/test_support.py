@@ -184,3 +184,12 @@ def test_mean_comes_with_the_standard_error_of_the_mean():
     # Two samples each of three prompts: means 0, 1/2, 1 as above. As six values they would be thought surer.
     assert mean_and_error([0, 0, 0.25, 0.75, 1, 1], group=2) == (0.5, pytest.approx(0.288675, abs=1e-6))
     assert mean_and_error([0.25, 0.75], group=2) == (0.5, None)
+
+
+def test_noise_is_the_cpus_and_below_one_where_there_is_no_fp64(monkeypatch):
+    expected = torch.rand(2, 3, generator=common.seeded(0, "a"), dtype=torch.float64)
+    assert common.noise_on(torch.device("cpu"), common.seeded(0, "a"), 2, 3).tolist() == expected.tolist()
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([0.25, 1 - 2**-53], dtype=torch.float64))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)  # no MPS here
+    found = common.noise_on(torch.device("mps"), None, 2)
+    assert found.dtype == torch.float32 and found.tolist() == [0.25, 1 - 2**-24]
