@@ -76,7 +76,7 @@ def value(rewards, alpha):
 
     It is that of pi*(x) = ref(x) * exp(r(x) / alpha) / Z (Rafailov et al. 2023, equation 4), and is alpha * log Z, Z
     being the mean of exp(r / alpha) under ref. The logarithm of the mean of k samples is too low by some c / k. The
-    jackknife (Quenouille 1956) takes that off: k times it, less k - 1 times the mean of the k that lack one sample.
+    jackknife (Quenouille 1956) takes it off: k times it, less k - 1 times the mean of the k that lack one sample.
     """
     k, best = rewards.shape[1], rewards.max(axis=1, keepdims=True)
     weights = np.exp((rewards - best) / alpha)
