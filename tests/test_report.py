@@ -144,6 +144,7 @@ def test_the_frontiers_tables(folder):
     assert row["the limit's reward for this KL"] == row["more by"] == "-"  # beyond what is drawn
 
 
+@pytest.mark.usefixtures("text_only")
 def test_a_limit_of_too_few_samples_is_not_drawn(folder):
     shutil.rmtree(folder / "samples-16")
     write_run(folder / "samples-3", 0.5, 0, "it is", {"samples_per_prompt": 3})
@@ -164,6 +165,7 @@ def test_of_several_sample_runs_the_largest_is_taken_and_of_a_cut_one_the_whole_
     assert "(20 prompts, 4 samples each)" in section(folder, "The frontier")
 
 
+@pytest.mark.usefixtures("text_only")
 def test_a_report_without_any_one_of_its_runs(folder, capsys):
     names = sorted(path.name for path in folder.iterdir())
     for name in names[::3]:
@@ -200,6 +202,7 @@ def test_a_section_says_what_it_lacks(folder, name, title, said):
     assert said.replace("HERE", str(folder)) in section(folder, title)
 
 
+@pytest.mark.usefixtures("text_only")
 def test_in_the_demos_world_everything_is_made_by_make_demo(folder, tmp_path, monkeypatch):
     for path in folder.glob("*/config.json"):  # the world: a policy with a world.json beside its folder
         about = json.loads(path.read_text())
@@ -327,6 +330,7 @@ def test_seeds_are_put_together(folder):
     assert "`alpha-2`" not in section(folder, "Other seeds")
 
 
+@pytest.mark.usefixtures("text_only")
 def test_text_is_shown_harmlessly(folder):
     odd = "it\x1b[31m\n| zwei\u202e\u2028<b>*x*</b> `y` \x9b \n\n## Q9 "
     change = json.loads((folder / "baseline" / "eval.json").read_text())
