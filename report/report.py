@@ -312,7 +312,7 @@ def main(argv=None):
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
     if lacking := re.findall(r"^## (Q[\d.]+):(?:(?!^## ).)*?^\*Not here", text, re.DOTALL | re.MULTILINE):
         title, rest = text.split("\n", 1)
-        said = f"Not answered yet: {', '.join(lacking)}. `{report.make('sweep')}` makes all that they lack."
+        said = f"Not answered yet: {', '.join(lacking)}. `{report.make('sweep')}` makes what they lack."
         text = f"{title}\n\n{said}\n{rest}"
     write_whole(args.folder / "results.md", text)
     shown = [line for line in overview if not line.startswith("<!--")]

@@ -58,7 +58,13 @@ def test_the_whole_report(folder, capsys):
     for name in names:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     text = (folder / "results.md").read_text()
-    assert all(f"({name})" in text for name in names) and "Not here" not in text
+    assert all(f"({name})" in text for name in names) and "Not here" not in text and "Not answered" not in text
+    assert all(f"({run}/curves.png)" in section(folder, "Q3.2") for run in ("alpha-2", "alpha-9", "loo-0.02"))
+    assert "(dpo.png)" in section(folder, "Q4.4") and (folder / "loo-0.02" / "curves.png").exists()
+    made = cells(section(folder, "Q2.1"), "here, `alpha-0`")
+    assert (made["method"], made["policy"], made["lr"]) == ("REINFORCE", "distilgpt2", "1e-4")
+    above = cells(section(folder, "Q4.2"), "`alpha-0`")["above `baseline`, prompt by prompt"]
+    assert above == "+0.000 ± 0.000"  # the completions' rewards are alike
     for question in ("1.1", "1.2", "2.1", "2.2", "3.1", "3.2", "4.1", "4.2", "4.3", "4.4"):
         assert f"## Q{question}: " in text
     row = cells(section(folder, "All runs"), "`alpha-0`")
@@ -200,6 +206,8 @@ def test_a_section_says_what_it_lacks(folder, name, title, said):
         shutil.rmtree(path)
     report.main([str(folder)])
     assert said.replace("HERE", str(folder)) in section(folder, title)
+    first = (folder / "results.md").read_text().splitlines()[2]
+    assert not title.startswith("Q") or re.search(rf"Not answered yet: .*{title}\b.*make sweep RUNS=", first)
 
 
 @pytest.mark.usefixtures("text_only")
