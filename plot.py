@@ -69,6 +69,8 @@ def reinforce_figure(runs):
     left.set(xlabel="step", ylabel="reward, P(positive), mean of the batch", ylim=(0, 1))
     right.set_yscale("symlog", linthresh=1)  # even up to 1 nat, logarithmic above: a collapse is 100 away
     right.set(xlabel="step", ylabel="KL to the original, nats (linear to 1, then log)", ylim=(0, None))
+    top = right.get_ylim()[1]
+    right.set_yticks([tick for tick in (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if tick <= top])
     right.yaxis.set_major_formatter("{x:g}")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", title=f"mean of up to {WINDOW} steps")
     return figure

@@ -138,8 +138,10 @@ class Report:
             ("in between", "reward at least 0.80, mostly natural text", "alpha 0.0003", good),
         )
         yield from table([{"regime": regime, "the assignment's target": target, "a student's report (theirs)": student,
-                           "here": ", ".join(f"`{run.name}`" for run in some) or "none of the alphas above 0 run"}
+                           "here": ", ".join(f"`{run.name}`" for run in some) or "none of these runs (alpha above 0)"}
                           for regime, target, student, some in regimes], "regimes")
+        if not (held and poor and good):
+            yield from self.lacking("a run of each regime; more alphas", "sweep")
         yield "(The student's alphas probably belong to a KL of another unit.)\n"
         for regime, _, _, some in regimes:
             if some:
@@ -200,7 +202,7 @@ class Report:
             best, kl = measures.best_of(rewards, n), measures.best_of_kl(n)
             most = measures.most_reward(alphas, values, kl) if n > 1 and len(alphas) > 1 else None
             rows.append({"n": str(n), "reward": mean_of(best), "KL at most, nats": digits(kl, 2),
-                         "the limit's, there, is more by": "" if most is None else mean_of(most - best)})
+                         "the limit has more by": "" if most is None else mean_of(most - best)})
         yield from table(rows, "best-of-n")
         known = "The limit, pi\\* = ref exp(r / alpha) / Z,"
         enough = f"for {measures.PROMPTS:.0%} of the prompts at least {measures.ENOUGH} of {k} samples are effective"
@@ -211,7 +213,7 @@ class Report:
                f"{alphas[-1]:.2g}, where it has {plus_minus(*reward, 3)} at {kl:.2f} nats: so far {enough}. Each run "
                "beside it, on the prompts that both have: what the limit's reward for the run's KL has over the run's, "
                "and how many times the KL is that the limit needs for the run's reward, with standard errors, prompt "
-               "by prompt; - where the limit is not drawn.\n")
+               "by prompt; - where the limit is not drawn, or the error is half the number.\n")
         yield from table([self.beside_the_limit(run) for run in self.compared if run.method != "untouched"], "limit")
 
     def beside_the_limit(self, run):
@@ -227,10 +229,11 @@ class Report:
         row["the limit's reward for this KL"] = "-" if most is None else digits(most.mean(), 3)
         row["more by"] = "-" if most is None else mean_of(most - reward)
         row["the limit's KL for this reward"] = "-" if least is None else digits(max(least.mean(), 0), 2)
+        row["KL / the limit's KL"] = "-"
         if least is not None and least.mean() > 0:
             times = kl.mean() / least.mean()
             error = (mean_and_error(kl - times * least)[1] or 0) / least.mean()
-            row["the run's KL is times"] = plus_minus(times, error, 1) if 2 * error < times else "-"
+            row["KL / the limit's KL"] = plus_minus(times, error, 1) if 2 * error < times else "-"
         return row
 
     def against_baseline(self):
@@ -313,7 +316,7 @@ def main(argv=None):
     if lacking := re.findall(r"^## (Q[\d.]+):(?:(?!^## ).)*?^\*Not here", text, re.DOTALL | re.MULTILINE):
         title, rest = text.split("\n", 1)
         said = f"Not answered yet: {', '.join(lacking)}. `{report.make('sweep')}` makes what they lack."
-        text = f"{title}\n\n{said}\n{rest}"
+        text = f"{title}\n\n{said} (Questions that want words: ANSWERS.md.)\n{rest}"
     write_whole(args.folder / "results.md", text)
     shown = [line for line in overview if not line.startswith("<!--")]
     print("\n".join([*shown, *side_by_side(report.compared, prompts=1)]))

@@ -16,8 +16,8 @@ MAY_IMPORT = {  # room: what of ours its files may import
     "report": {"report", "plot", "support"}, "lab": {"lab", "lesson", "plot", "report", "support"},
 }
 BUDGET = {  # lines at most, all together: what is added has to be paid for
-    LESSON: 607, ("plot.py",): 203, ("test_losses.py",): 600, ("README.md",): 200, ("Makefile",): 130,
-    ("support/*.py",): 1427, ("course/*.py",): 3442, ("demo/*.py",): 413, ("report/*.py",): 828, ("lab/*",): 990,
+    LESSON: 607, ("plot.py",): 205, ("test_losses.py",): 600, ("README.md",): 200, ("Makefile",): 130,
+    ("support/*.py",): 1427, ("course/*.py",): 3442, ("demo/*.py",): 413, ("report/*.py",): 831, ("lab/*",): 990,
     ("support/ranks.py",): 125, ("support/families.py",): 120, ("support/checkpoint.py", "support/files.py"): 200,
     ("support/runs.py",): 250,
 }

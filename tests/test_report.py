@@ -144,9 +144,9 @@ def test_the_frontiers_tables(folder):
     assert (row["reward"], row["KL, nats"], row["prompts"]) == ("0.600 ± 0.023", "0.10 ± 0.00", "20")
     assert row["more by"] == "-0.032 ± 0.023"  # better than possible, by chance
     # 0.1 / 0.156 = 0.64, with the error of 0.64 times (reward / 0.47) over 0.156: 0.64 * 0.0488 / 0.156 = 0.20.
-    assert row["the run's KL is times"] == "0.6 ± 0.2"
+    assert row["KL / the limit's KL"] == "0.6 ± 0.2"
     row = cells(text, "`alpha-0`")
-    assert row["the limit's KL for this reward"] == "0.00" and row["the run's KL is times"] == ""  # less than all
+    assert row["the limit's KL for this reward"] == "0.00" and row["KL / the limit's KL"] == "-"  # less than all
     assert row["the limit's reward for this KL"] == row["more by"] == "-"  # beyond what is drawn
 
 
@@ -195,6 +195,7 @@ def test_a_report_without_any_one_of_its_runs(folder, capsys):
         ("alpha-0", "Q2.2", "*Not here: a finished run with alpha 0. `make reinforce RUNS=HERE` makes it.*"),
         ("alpha-0", "Q3.1", "*Not here: the curve of a run with alpha 0. `make reinforce RUNS=HERE` makes it.*"),
         ("alpha-[29]", "Q3.2", "*Not here: three alphas. `make sweep RUNS=HERE` makes it.*"),
+        ("alpha-9", "Q3.2", "*Not here: a run of each regime; more alphas. `make sweep RUNS=HERE` makes it.*"),
         ("beta-0.4", "Q4.4", "*Not here: three betas. `make sweep RUNS=HERE` makes it.*"),
         ("beta-*", "Q4.1", "*Not here: a finished DPO run. `make dpo RUNS=HERE` makes it.*"),
         ("samples-16", "The frontier", "for best-of-n and the limit. `make samples RUNS=HERE` makes it.*"),
