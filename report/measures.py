@@ -89,13 +89,13 @@ def limit(rewards):
     """(prompts, k) -> (m,) falling alphas, (m, prompts) value of each: all that is needed of the limit.
 
     They end where fewer than PROMPTS of the prompts have ENOUGH effective samples, (sum w)^2 / sum w^2 for the weights
-    w = exp(r / alpha): what was not sampled no weight can find.
+    w = exp(r / alpha): what was not sampled no weight can find. One alpha alone, where too few were sampled, is none.
     """
     alphas = []
     for alpha in np.geomspace(1000, 0.005, 300):
         weights = np.exp((rewards - rewards.max(axis=1, keepdims=True)) / alpha)
         effective = weights.sum(axis=1) ** 2 / (weights**2).sum(axis=1)
-        if np.quantile(effective, 1 - PROMPTS) < ENOUGH:
+        if alphas and np.quantile(effective, 1 - PROMPTS) < ENOUGH:
             break
         alphas.append(alpha)
     return np.array(alphas), np.array([value(rewards, alpha) for alpha in alphas])
@@ -120,7 +120,7 @@ def least_kl(alphas, values, reward):
 def limit_curve(rewards, low):
     """(prompts, k) -> list of (KL, reward, its standard error over the prompts) of the limit, from `low` to its end."""
     alphas, values = limit(rewards)
-    if len(alphas) < 2:
+    if len(alphas) == 1:
         return []
     means = values.mean(axis=1)
     end = (means[-1] - means[-2]) / (alphas[-2] - alphas[-1]) * (1 - 1e-9)  # the KL is minus the value's slope

@@ -195,22 +195,22 @@ class Report:
             return (yield from self.lacking(lacks, "samples"))
         rewards = np.array([*self.samples.values()])
         prompts, k = rewards.shape
-        alphas, values = measures.limit(rewards)
+        limit, curve = measures.limit(rewards), measures.limit_curve(rewards, 1)
         yield f"\nBest of n samples of the original policy ({prompts} prompts, {k} samples each):\n"
         rows = []
         for n in measures.counts(k):
             best, kl = measures.best_of(rewards, n), measures.best_of_kl(n)
-            most = measures.most_reward(alphas, values, kl) if n > 1 and len(alphas) > 1 else None
+            most = measures.most_reward(*limit, kl)
             rows.append({"n": str(n), "reward": mean_of(best), "KL at most, nats": digits(kl, 2),
                          "the limit has more by": "" if most is None else mean_of(most - best)})
         yield from table(rows, "best-of-n")
         known = "The limit, pi\\* = ref exp(r / alpha) / Z,"
         enough = f"for {measures.PROMPTS:.0%} of the prompts at least {measures.ENOUGH} of {k} samples are effective"
-        if len(alphas) < 2:
+        if not curve:
             return (yield f"{known} is not drawn: for no alpha is it so that {enough}.\n")
-        kl, *reward = measures.limit_curve(rewards, 1)[-1]
+        kl, *reward = curve[-1]
         yield (f"{known} is estimated from the same samples, corrected for their number, down to alpha "
-               f"{alphas[-1]:.2g}, where it has {plus_minus(*reward, 3)} at {kl:.2f} nats: so far {enough}. Each run "
+               f"{limit[0][-1]:.2g}, where it has {plus_minus(*reward, 3)} at {kl:.2f} nats: so far {enough}. Each run "
                "beside it, on the prompts that both have: what the limit's reward for the run's KL has over the run's, "
                "and how many times the KL is that the limit needs for the run's reward, with standard errors, prompt "
                "by prompt; - where the limit is not drawn, or the error is half the number.\n")
@@ -220,9 +220,9 @@ class Report:
         groups = samples_by_prompt(run)
         both = [prompt for prompt in self.samples if prompt in groups]
         row = {"run": f"`{run.name}`", "prompts": str(len(both))}
-        limit = measures.limit(np.array([self.samples[prompt] for prompt in both])) if len(both) > 1 else ((), ())
-        if len(limit[0]) < 2:
+        if len(both) < 2:
             return row
+        limit = measures.limit(np.array([self.samples[prompt] for prompt in both]))
         reward, kl = means(groups, both), means(groups, both, "kl")
         row |= {"reward": mean_of(reward), "KL, nats": mean_of(kl, 2)}
         most, least = measures.most_reward(*limit, kl), measures.least_kl(*limit, reward)
@@ -232,7 +232,7 @@ class Report:
         row["KL / the limit's KL"] = "-"
         if least is not None and least.mean() > 0:
             times = kl.mean() / least.mean()
-            error = (mean_and_error(kl - times * least)[1] or 0) / least.mean()
+            error = mean_and_error(kl - times * least)[1] / least.mean()
             row["KL / the limit's KL"] = plus_minus(times, error, 1) if 2 * error < times else "-"
         return row
 
