@@ -43,6 +43,7 @@ def test_reinforce_curves(found):
     assert left.lines[1].get_color() == left.lines[4].get_color() != left.lines[0].get_color()  # a colour an alpha
     # KL 0, 1 .. 7 in 8 steps: means of windows of 8 // 4 steps.
     assert right.lines[0].get_ydata() == pytest.approx([0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5])
+    assert list(right.get_yticks()) == [0, 0.5, 1, 2, 5] and right.get_ylim()[0] == 0
 
 
 def test_dpo_curves(found):

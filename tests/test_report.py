@@ -360,6 +360,14 @@ def test_a_table_is_aligned_and_leaves_out_empty_columns():
     assert tables.table(rows, "some")[1] == "<!-- some -->" and tables.table(rows, "some")[-2] == "<!-- end -->"
 
 
+def test_an_error_shows_at_least_one_digit():
+    assert tables.plus_minus(0.98804, 0.00086, 3) == "0.9880 ± 0.0009"
+    assert tables.plus_minus(0.5, 0.01, 3) == "0.500 ± 0.010"
+    assert tables.plus_minus(0.5, 1e-18, 2) == "0.50 ± 0.00" and tables.plus_minus(0.5, None, 2, "+") == "+0.50"
+    assert tables.plus_minus(2, 3e-7, 2) == "2.0000 ± 0.0000"  # four will do
+    assert [tables.short(number) for number in (5e-7, 1e-4, 0.02, 3.5e-5, 0)] == ["5e-7", "1e-4", "0.02", "3.5e-5", "0"]
+
+
 @pytest.fixture
 def pages(tmp_path):
     """A README.md, docs/ and docs/figures/ to fill, and what a run of the report has drawn."""
